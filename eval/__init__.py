@@ -1,0 +1,1 @@
+"""Reads run folders and checkpoints only: samples, scores, curves. Nothing imports it."""

@@ -1,0 +1,144 @@
+"""One evaluation from preflight to results: check everything, extract, compute, write.
+
+The command line (`eval.fid`) and the evaluation during training (`eval.during`) both come through here.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+from eval.features import extract_features, images_done
+from eval.files import write_json
+from eval.metrics import compute
+from eval.prepare import Prepared, prepare
+from eval.processes import agree, on_main
+from eval.protocol import Request, Variant, flat, open_work, result, settings
+from eval.references import check_reference
+from eval.workers import one_thread
+from meanflow.errors import AssetError, IncompleteError, UserError
+from meanflow.training.distributed import Processes
+
+
+def preflight(request: Request, variants: list[Variant]) -> list[str]:
+    """Everything that can be known before the first sample. Returns warnings.
+
+    Raises UserError (what does not fit together), NumericsError (statistics) or AssetError (the disk).
+    """
+    extractor, options = request.extractor, request.options
+    warnings = list(extractor.warnings)
+    for variant in variants:
+        source = variant.source
+        extractor.check_image(source.shape, variant.name)
+        if source.n < 2:
+            raise UserError(f"{source.n} sample(s): a covariance needs two or more (--n)")
+        if "kid" in request.metrics and source.n < options.kid_subset_size:
+            raise UserError(
+                f"KID draws subsets of {options.kid_subset_size} and there are {source.n} samples: "
+                "raise --n or lower --kid-subset-size"
+            )
+        if "prc" in request.metrics and source.n <= options.prc_neighborhood:
+            raise UserError(f"precision and recall need more than {options.prc_neighborhood} samples (--n)")
+    warnings += check_reference(
+        request.reference, request.metrics, extractor, variants[0].source.shape, options.kid_subset_size
+    )
+    _check_disk(request, variants)
+    return warnings
+
+
+def _check_disk(request: Request, variants: list[Variant]) -> None:
+    """Raises AssetError if the features would not fit where they are kept until the end."""
+    dims = request.extractor.dims(variants[0].source.shape)
+    wide = 4 * sum(dims[layer] for layer in _layers(request))
+    needed = wide * sum(variant.source.n for variant in variants)
+    if request.reference.images is not None:
+        needed += 2 * wide * request.reference.images.n  # pieces and cache
+    request.out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(request.out).free
+    if needed > free:
+        raise AssetError(
+            f"{request.out} has {free / 2**30:.1f} GB free and the features need {needed / 2**30:.1f} GB: "
+            "make room, or put --out elsewhere"
+        )
+
+
+def _layers(request: Request) -> list[str]:
+    return sorted({request.extractor.layers[metric] for metric in request.metrics})
+
+
+def evaluate(
+    request: Request, variants: list[Variant], processes: Processes, progress: bool = True
+) -> list[dict] | None:
+    """The results of all `variants`, on process 0 (None on the others), written to `request.out` as JSON.
+
+    Raises what `preflight` raises, NumericsError for samples or features that are not finite, and
+    IncompleteError when interrupted: the features so far stay, and the same request with `resume` continues.
+    """
+    warnings = preflight(request, variants)
+    wanted = settings(request, variants)
+    agree(processes, flat(wanted), "settings")
+    work = on_main(processes, lambda: open_work(request.out / "work", wanted, request.resume))
+    results: list[dict] = []
+    try:
+        prepared = prepare(
+            request.reference,
+            request.metrics,
+            request.extractor,
+            request.cache,
+            work,
+            processes,
+            "reference" if progress else None,
+        )
+        for variant in variants:
+            found = _score(request, variant, prepared, work, processes, warnings, progress)
+            if found is not None:
+                results.append(found)
+    except KeyboardInterrupt:
+        if processes.is_main:
+            for variant in variants[len(results) :]:
+                unfinished = result(request, variant, "incomplete", {}, warnings, {"processes": processes.world})
+                write_json(request.out / f"{variant.name}.json", unfinished)
+        raise IncompleteError(
+            f"interrupted: the features of {images_done(work):,} images are kept in {work}; the same command "
+            "with --resume continues"
+        ) from None
+    if not processes.is_main:
+        return None
+    shutil.rmtree(work)
+    return results
+
+
+def _score(
+    request: Request,
+    variant: Variant,
+    prepared: Prepared | None,
+    work: Path,
+    processes: Processes,
+    warnings: list[str],
+    progress: bool,
+) -> dict | None:
+    """Extract, compute and write one variant; its result on process 0."""
+    started = time.monotonic()
+    features = extract_features(
+        variant.source,
+        request.extractor,
+        _layers(request),
+        request.batch,
+        work / variant.name,
+        processes,
+        variant.name if progress else None,
+    )
+    if features is None or prepared is None:
+        return None
+    extracted = time.monotonic()
+    with one_thread(request.extractor.device):
+        metrics = compute(
+            request.metrics, request.extractor, features, prepared.statistics, prepared.features, request.options
+        )
+    circumstances = {
+        "processes": processes.world,
+        "seconds_features": round(extracted - started, 3),
+        "seconds_metrics": round(time.monotonic() - extracted, 3),
+    }
+    found = result(request, variant, "complete", metrics, warnings, circumstances)
+    write_json(request.out / f"{variant.name}.json", found)
+    return found

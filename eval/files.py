@@ -1,0 +1,140 @@
+"""Files that evaluation reads and writes: npz without pickles, atomically written, hashed by content."""
+
+import _codecs
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from meanflow.errors import AssetError
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_images(images: torch.Tensor) -> str:
+    """sha256 of uint8 images (N, C, H, W): of their shape and their bytes in that order."""
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    for block in images.split(4096):
+        digest.update(block.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """`write` into a temporary neighbour of `path`, then rename: `path` is the old file or the whole new one.
+
+    Raises AssetError if the disk is full or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            temporary = file.name
+            write(file)  # type: ignore[arg-type]
+        os.chmod(temporary, 0o644)  # temporary files are private, results are not
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise AssetError(f"cannot write {path}: {reason}") from None
+
+
+def read_json(path: Path) -> dict:
+    """Raises AssetError for a file that is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+class NpzFile:
+    """The arrays of an npz, read on demand and never unpickled (zip's own checksums are verified).
+
+    Raises AssetError for a file that is damaged or holds pickled objects.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._arrays = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise AssetError(f"{path}: no such file") from None
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise AssetError(f"{path} is not a readable npz file ({error})") from None
+        if isinstance(self._arrays, np.ndarray):
+            raise AssetError(f"{path} is a bare array: save it with numpy.savez")
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._arrays.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays.files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        try:
+            return self._arrays[name]
+        except ValueError as error:
+            if "allow_pickle" in str(error):
+                raise AssetError(
+                    f"{self.path}: {name!r} holds pickled objects, which are never loaded: save plain arrays"
+                ) from None
+            raise AssetError(f"{self.path}: {name!r} is damaged ({error})") from None
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise AssetError(f"{self.path}: {name!r} is damaged ({error})") from None
+
+
+def load_tensors(path: Path, classes: tuple = ()) -> object:
+    """`torch.load` on the CPU of tensors, containers and the allow-listed `classes` only.
+
+    Raises AssetError for a damaged file or one that pickles anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load has no error of its own: zip, pickle, runtime
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "Unsupported" in line), lines[0] if lines else "")
+        raise AssetError(
+            f"{path} is damaged or holds more than tensors, which is never unpickled "
+            f"({type(error).__name__}: {reason[:160]})"
+        ) from None
+
+
+def numpy_classes() -> tuple:
+    """What numpy arrays need to pass `load_tensors`: plain numeric arrays and nothing that runs."""
+    dtypes = [np.dtype(name) for name in ("float64", "float32")]
+    reconstruct = np._core.multiarray._reconstruct  # what `ndarray.__reduce__` names
+    old_name = (reconstruct, "numpy.core.multiarray._reconstruct")  # files written under numpy 1
+    return (reconstruct, old_name, np.ndarray, np.dtype, *(type(d) for d in dtypes), _codecs.encode)

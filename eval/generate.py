@@ -1,0 +1,100 @@
+"""From a checkpoint to images: sample k depends on (seed, k) alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.official import read_official
+from meanflow.errors import AssetError, NumericsError, UserError
+from meanflow.random import derive_seed
+from meanflow.sampling import sample, time_grid
+from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
+from meanflow.training.config import RunConfig, config_from_tree
+from meanflow.training.network import build_network
+from meanflow.training.run_folder import RunFolder
+from meanflow.training.state import copy_strictly
+
+WEIGHTS = "weights"  # instead of an EMA: the weights as the optimiser left them
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network ready to sample, and where it came from. `ema` is a decay, or "weights"."""
+
+    network: nn.Module
+    config: RunConfig
+    path: Path
+    ema: str
+    meta: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.config.model.channels, self.config.model.image_size, self.config.model.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+
+def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
+    """The checkpoint file `what` (ours or an official one), or the newest intact one of the run folder `what`.
+
+    Raises AssetError if there is none or it is damaged.
+    """
+    if not what.is_dir():
+        return what, read_official(what) or load_checkpoint(what)
+    newest = load_newest(RunFolder(what).checkpoints)
+    if newest is None:
+        raise AssetError(f"{what}: has no checkpoint yet; train first")
+    path, checkpoint, _ = newest
+    return path, checkpoint
+
+
+def load_model(what: Path, ema: str | None, device: torch.device) -> Model:
+    """The network of a run folder or checkpoint file, in evaluation mode.
+
+    `ema`: one of the decays kept, "weights", or None for the recipe's. Raises AssetError or UserError.
+    """
+    path, checkpoint = open_checkpoint(what)
+    return model_of(path, checkpoint, ema, device)
+
+
+def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.device) -> Model:
+    """One network of an opened checkpoint; see `load_model`."""
+    config = config_from_tree(checkpoint.meta["config"], str(path))
+    ema = repr(config.ema.eval) if ema is None else ema
+    if ema != WEIGHTS and ema not in checkpoint.ema:
+        raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join(checkpoint.ema)} and {WEIGHTS}")
+    network = build_network(config, device)
+    tensors = checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
+    copy_strictly(dict(network.named_parameters()), tensors, str(path))
+    return Model(network.eval(), config, path, ema, checkpoint.meta)
+
+
+def noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """z_1 of samples start … stop − 1, (stop − start, *shape), each from its own generator on the CPU."""
+    base = derive_seed(seed, "sample")  # consecutive seeds, since PyTorch keeps 32 bits and hashes would collide
+    seeds = [(base + k) % 2**32 for k in range(start, stop)]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def generate(model: Model, start: int, stop: int, steps: int, seed: int, labels: Tensor | None = None) -> Tensor:
+    """Samples start … stop − 1 as float32 (B, C, H, W), about [−1, 1], on the model's device.
+
+    labels (B,) int64: the classes asked for, None for unconditional. Raises NumericsError if one is not finite.
+    """
+    z = noise(seed, start, stop, model.shape).to(model.device).contiguous(memory_format=torch.channels_last)
+    cond = {} if labels is None else {"class_labels": labels.to(model.device)}
+    images = sample(model.network, z, time_grid(steps), **cond)
+    if not torch.isfinite(images).all():
+        raise NumericsError(f"{model.path}: EMA {model.ema} gives samples that are not finite; is the run diverged?")
+    return images
+
+
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
+    """[−1, 1] → 0 … 255: "round" truncates 127.5·x + 128, "floor" takes ⌊255·(x + 1)/2⌋ (official CIFAR-10 code)."""
+    scaled = images * 127.5 + 128 if rule == "round" else (images + 1) * 127.5
+    return scaled.clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,112 @@
+"""FID, IS, KID, precision and recall: torch-fidelity's own functions, called with care.
+
+Nothing is computed here. What is here is what torch-fidelity 0.4 does not do for its caller: both sides of a
+distance in float64, no setting that is silently ignored, one extractor for all metrics.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_F_SCORE,
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
+
+from eval.extractors import Extractor
+from meanflow.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D, D) of features, float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+    @staticmethod
+    def of(features: Tensor) -> "Statistics":
+        """Of float32 features (N, D), N ≥ 2, as torch-fidelity computes them (its mean is a float32 one)."""
+        found = fid_features_to_statistics(features)
+        return Statistics(found["mu"].astype(np.float64), found["sigma"].astype(np.float64))
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        return {"mu": self.mu, "sigma": self.sigma}
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """torch-fidelity's settings by its own names, at its own defaults; recorded in every result."""
+
+    isc_splits: int = DEFAULTS["isc_splits"]
+    kid_subsets: int = DEFAULTS["kid_subsets"]
+    kid_subset_size: int = DEFAULTS["kid_subset_size"]
+    prc_neighborhood: int = DEFAULTS["prc_neighborhood"]
+    rng_seed: int = DEFAULTS["rng_seed"]
+
+
+def frechet(fake: Statistics, real: Statistics) -> float:
+    """The Fréchet distance. Raises NumericsError if it is not a finite number."""
+    value = fid_statistics_to_metric(fake.as_dict(), real.as_dict(), verbose=False)[KEY_METRIC_FID]
+    if not np.isfinite(value):
+        raise NumericsError("the Fréchet distance is not finite: the statistics are unusable")
+    return value
+
+
+def compute(
+    metrics: tuple[str, ...],
+    extractor: Extractor,
+    features: dict[str, Tensor],
+    reference_statistics: Statistics | None,
+    reference_features: dict[str, Tensor],
+    options: MetricOptions,
+) -> dict[str, float]:
+    """The chosen `metrics` of generated `features` {layer: (N, D)}, under the names `extractor.label` gives.
+
+    `reference_statistics` is needed for fid; `reference_features` {metric: (M, D)} for kid and prc.
+    """
+    layer = extractor.layers
+    out: dict[str, float] = {}
+    if "fid" in metrics:
+        assert reference_statistics is not None
+        out[extractor.label("fid")] = frechet(Statistics.of(features[layer["fid"]]), reference_statistics)
+    if "isc" in metrics:
+        found = isc_features_to_metric(
+            features[layer["isc"]], splits=options.isc_splits, shuffle=True, rng_seed=options.rng_seed
+        )
+        out[extractor.label("isc_mean")] = found[KEY_METRIC_ISC_MEAN]
+        out[extractor.label("isc_std")] = found[KEY_METRIC_ISC_STD]
+    if "kid" in metrics:
+        settings = _known(
+            kid_subsets=options.kid_subsets,
+            kid_subset_size=options.kid_subset_size,
+            rng_seed=options.rng_seed,
+            verbose=False,
+        )
+        found = kid_features_to_metric(features[layer["kid"]], reference_features["kid"], **settings)
+        out[extractor.label("kid_mean")] = found[KEY_METRIC_KID_MEAN]
+        out[extractor.label("kid_std")] = found[KEY_METRIC_KID_STD]
+    if "prc" in metrics:
+        # save_cpu_ram is the same arithmetic in blocks: 2 GB instead of three N × N matrices.
+        settings = _known(prc_neighborhood=options.prc_neighborhood, save_cpu_ram=True, verbose=False)
+        with torch.no_grad():
+            found = prc_features_to_metric(features[layer["prc"]], reference_features["prc"], **settings)
+        out[extractor.label("precision")] = found[KEY_METRIC_PRECISION]
+        out[extractor.label("recall")] = found[KEY_METRIC_RECALL]
+        out[extractor.label("f_score")] = found[KEY_METRIC_F_SCORE]
+    return out
+
+
+def _known(**settings) -> dict:
+    """`settings`, all of which torch-fidelity knows: it ignores others without a word."""
+    unknown = settings.keys() - DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"torch-fidelity has no setting {sorted(unknown)}")
+    return settings

@@ -1,0 +1,201 @@
+"""What samples are compared with: statistics from a file, or images whose statistics are extracted once.
+
+A file is judged by what it holds. Every common layout is read: `mu, sigma` (EDM, pytorch-fid and `make-ref`),
+`mu, sigma, mu_s, sigma_s, arr_0` (ADM, whose 10,000 images serve precision and recall only), `ref_mu,
+ref_sigma` (the JAX release), `arr_0` alone (images), torch-fidelity's cached `.pt`, and a folder, zip or tar
+of images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from eval.extractors import Extractor
+from eval.files import NpzFile, load_tensors, numpy_classes, sha256_file
+from eval.metrics import Statistics
+from eval.sources import ImagesSource, images_from_array, read_images
+from meanflow.data import DataConfig, load_dataset
+from meanflow.errors import AssetError, NumericsError, UserError
+
+NAMED = {"cifar10-train": "train", "cifar10-test": "test"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference as opened, before anything is extracted.
+
+    `statistics` if it came with them; `images` if it has any, with the metrics they may serve in `serves`;
+    `holds` says in words what it has. `made_by` is (extractor, weights hash) where the file tells.
+    """
+
+    spec: str
+    digest: str
+    holds: str
+    statistics: Statistics | None = None
+    images: ImagesSource | None = None
+    serves: tuple[str, ...] = ()
+    n: int | None = None
+    provenance: str = ""
+    made_by: tuple[str, str] | None = None
+
+    def describe(self) -> dict:
+        """For the result: what it was, and its hash."""
+        return {
+            "spec": self.spec,
+            "holds": self.holds,
+            "n": self.n,
+            "sha256": self.digest,
+            "provenance": self.provenance,
+        }
+
+
+def open_reference(spec: str, data_root: Path, allow_download: bool) -> Reference:
+    """Open `--ref`: a name in `NAMED`, or a path. Statistics are validated; nothing is extracted.
+
+    CIFAR-10 is looked for in `data_root`, and fetched there if `allow_download`.
+
+    Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError
+    otherwise.
+    """
+    if spec in NAMED:
+        if not allow_download and not (data_root / CIFAR10.filename).exists():
+            raise AssetError(f"{data_root} has no {CIFAR10.filename} and downloads are off (--offline)")
+        config = DataConfig("cifar10", str(data_root), None, NAMED[spec], augment_p=0.0, flip=False)
+        return reference_of_images(load_dataset(config, 32, 3).images, spec)
+    path = Path(spec)
+    if path.suffix in (".pt", ".pth"):
+        return _from_torch_fidelity(path)
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    return _of_images(read_images(path), spec)
+
+
+def reference_of_images(images: Tensor, spec: str) -> Reference:
+    """A reference of uint8 images (N, C, H, W) that are in memory, under the name `spec`."""
+    return _of_images(ImagesSource(images, spec), spec)
+
+
+def _of_images(images: ImagesSource, spec: str) -> Reference:
+    holds = f"{images.n} images"
+    return Reference(spec, images.digest, holds, images=images, serves=("fid", "kid", "prc"), n=images.n)
+
+
+def _from_npz(path: Path) -> Reference:
+    file = NpzFile(path)
+    digest, holds = sha256_file(path), ", ".join(file.names) or "nothing"
+    if "ref_mu" in file and "ref_sigma" in file:
+        return Reference(str(path), digest, holds, validated(file["ref_mu"], file["ref_sigma"], str(path)))
+    if "mu" not in file or "sigma" not in file:
+        if "arr_0" in file:
+            images = images_from_array(file["arr_0"], str(path))
+            return _of_images(images, str(path))
+        raise UserError(
+            f"{path} holds {holds}: a reference needs mu and sigma, ref_mu and ref_sigma, or images in arr_0"
+        )
+    statistics = validated(file["mu"], file["sigma"], str(path))
+    if "arr_0" in file:
+        images = images_from_array(file["arr_0"], str(path))
+        holds += f" ({images.n} images, for precision and recall only)"
+        return Reference(str(path), digest, holds, statistics, images, ("prc",))
+    made_by = None
+    if "extractor" in file:
+        made_by = (str(file["extractor"]), str(file["weights"]) if "weights" in file else "")
+    n = int(file["n"]) if "n" in file else None
+    provenance = str(file["provenance"]) if "provenance" in file else ""
+    return Reference(str(path), digest, holds, statistics, n=n, provenance=provenance, made_by=made_by)
+
+
+def _from_torch_fidelity(path: Path) -> Reference:
+    held = load_tensors(path, numpy_classes())
+    if not isinstance(held, dict) or "mu" not in held or "sigma" not in held:
+        kind = f"{', '.join(map(str, held))}" if isinstance(held, dict) else type(held).__name__
+        raise UserError(f"{path} holds {kind}: torch-fidelity's cached statistics are mu and sigma")
+    return Reference(str(path), sha256_file(path), "mu, sigma", validated(held["mu"], held["sigma"], str(path)))
+
+
+def validated(mu, sigma, origin: str) -> Statistics:
+    """Statistics in float64. Raises NumericsError, naming `origin`, unless they can be a mean and a
+    covariance.
+    """
+    try:
+        mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise NumericsError(f"{origin}: mu or sigma is not an array of numbers") from None
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        raise NumericsError(f"{origin}: mu {mu.shape} and sigma {sigma.shape} are not (D,) and (D, D)")
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise NumericsError(f"{origin}: mu or sigma has values that are not finite")
+    scale = max(np.abs(sigma).max(), np.finfo(np.float64).tiny)
+    if np.abs(sigma - sigma.T).max() > 1e-5 * scale:
+        raise NumericsError(f"{origin}: sigma is not symmetric, so it is no covariance")
+    # float32 files have eigenvalues a little below zero; anything more is no covariance.
+    if np.linalg.eigvalsh(sigma)[0] < -1e-4 * scale * len(mu) ** 0.5:
+        raise NumericsError(f"{origin}: sigma has negative eigenvalues, so it is no covariance")
+    return Statistics(mu, sigma)
+
+
+def check_reference(
+    reference: Reference,
+    metrics: tuple[str, ...],
+    extractor: Extractor,
+    shape: tuple[int, int, int] | None,
+    kid_subset_size: int,
+) -> list[str]:
+    """Preflight: can `reference` serve `metrics` for samples of `shape` (C, H, W; None: no samples)?
+
+    Returns warnings. Raises UserError, naming what it holds, if it cannot.
+    """
+    for metric in metrics:
+        served = metric == "isc" or metric in reference.serves
+        if not served and not (metric == "fid" and reference.statistics is not None):
+            raise UserError(
+                f"{reference.spec} holds {reference.holds}, and {metric} needs features of reference images: "
+                "give the images as --ref, or leave it out of --metrics"
+            )
+    if reference.images is not None:
+        extractor.check_image(reference.images.shape, reference.spec)
+        if shape is not None and reference.images.shape != shape:
+            raise UserError(
+                f"samples are {size_words(shape)} and the images of {reference.spec} are "
+                f"{size_words(reference.images.shape)}: bring them to one size first"
+            )
+        if "kid" in metrics and reference.images.n < kid_subset_size:
+            raise UserError(
+                f"{reference.spec} has {reference.images.n} images and KID draws {kid_subset_size} of them: "
+                "lower --kid-subset-size"
+            )
+        if reference.images.n < 2:
+            raise UserError(f"{reference.spec} has one image: a covariance needs two or more")
+    return _check_statistics(reference, extractor, shape) if "fid" in metrics else []
+
+
+def _check_statistics(reference: Reference, extractor: Extractor, shape) -> list[str]:
+    if reference.statistics is None:
+        return []
+    dims = len(reference.statistics.mu)
+    if shape is not None:
+        expected = extractor.dims(shape)[extractor.layers["fid"]]
+        if dims != expected:
+            raise NumericsError(
+                f"{reference.spec} has statistics of {dims} features and {extractor.name} gives {expected}: "
+                "it was made with another extractor"
+            )
+    if reference.made_by is None:
+        return [] if extractor.is_inception else [f"{reference.spec} does not say which extractor made it"]
+    mine = (extractor.name, extractor.weights or "")
+    if reference.made_by != mine:
+        raise UserError(
+            f"{reference.spec} was made with {who_made(reference.made_by)} and this is {who_made(mine)}: "
+            "make it again with make-ref"
+        )
+    return []
+
+
+def who_made(made_by: tuple[str, str]) -> str:
+    return f"{made_by[0]} (weights {made_by[1][:8]}…)" if made_by[1] else made_by[0]
+
+
+def size_words(shape: tuple[int, int, int]) -> str:
+    return f"{shape[1]}×{shape[2]} with {shape[0]} channel(s)"

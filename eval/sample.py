@@ -1,0 +1,112 @@
+"""`python -m eval.sample RUN`: images from a run folder or checkpoint, as a grid, a folder of PNGs, or an npz."""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.generate import Model, generate, load_model, to_uint8
+from meanflow.errors import AssetError, UserError, run_main
+from meanflow.training.run_folder import RunFolder
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(args.what, args.ema, device)
+    labels = _labels(model, args)
+    out = args.out or _default_out(args, model)
+    chunks = []
+    for start in tqdm(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
+        stop = min(start + args.batch, args.n)
+        chosen = None if labels is None else labels[start:stop]
+        chunks.append(to_uint8(generate(model, start, stop, args.steps, args.seed, chosen), args.quantise).cpu())
+    write(torch.cat(chunks), out, args.columns)
+    print(f"{args.n} samples, NFE {args.steps}, EMA {model.ema}, step {model.meta['step']:,}, seed {args.seed} → {out}")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.sample", description=__doc__)
+    parser.add_argument("what", type=Path, help="run folder or checkpoint file")
+    parser.add_argument("--n", type=int, default=64, help="how many samples (64)")
+    parser.add_argument("--steps", type=int, default=1, help="network evaluations a sample, NFE (1)")
+    parser.add_argument("--seed", type=int, default=0, help="sample k depends on (seed, k) alone (0)")
+    parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
+    parser.add_argument("--label", type=int, help="the class to ask for; by default each in turn (conditional runs)")
+    parser.add_argument("--batch", type=int, default=256, help="samples at once (256)")
+    parser.add_argument("--columns", type=int, help="columns of the grid (about square)")
+    parser.add_argument("--quantise", choices=("round", "floor"), default="round", help="how to make uint8 (round)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    parser.add_argument("--out", type=Path, help="FILE.png (a grid), FILE.npz (arr_0, NHWC) or a new folder of PNGs")
+    args = parser.parse_args(argv)
+    for name in ("n", "steps", "batch", "columns"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be ≥ 1, got {value}")
+    return args
+
+
+def _default_out(args: argparse.Namespace, model: Model) -> Path:
+    folder = RunFolder(args.what).samples if args.what.is_dir() else args.what.parent
+    return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}.png"
+
+
+def _labels(model: Model, args: argparse.Namespace) -> Tensor | None:
+    classes = model.config.model.classes
+    if not classes:
+        if args.label is not None:
+            raise UserError(f"{args.what} is unconditional: it knows no --label")
+        return None
+    if args.label is None:
+        return torch.arange(args.n) % classes
+    if not 0 <= args.label < classes:
+        raise UserError(f"--label must be in 0 … {classes - 1}, got {args.label}")
+    return torch.full((args.n,), args.label)
+
+
+def write(images: Tensor, out: Path, columns: int | None = None) -> None:
+    """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs. Raises AssetError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            grid(images, columns).save(out)
+        elif out.suffix == ".npz":
+            np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
+        elif out.suffix:
+            raise UserError(f"--out {out}: give FILE.png, FILE.npz or a folder")
+        else:
+            out.mkdir(exist_ok=True)
+            for k, image in enumerate(images):
+                _pil(image).save(out / f"{k:06d}.png")
+    except OSError as error:
+        raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Tile uint8 (N, C, H, W) on white, enlarged by a whole factor to about 800 pixels so that single pixels show."""
+    n, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
+    rows = -(-n // columns)
+    scale = max(1, min(8, 800 // (columns * width)))
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    height, width = height * scale + gap, width * scale + gap
+    canvas = torch.full((channels, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        y, x = gap + k // columns * height, gap + k % columns * width
+        canvas[:, y : y + height - gap, x : x + width - gap] = image
+    return _pil(canvas)
+
+
+def _pil(image: Tensor) -> Image.Image:
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,1 @@
+"""MeanFlow: the method, its data and its training, shared by every recipe."""

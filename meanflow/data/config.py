@@ -1,0 +1,43 @@
+"""What to train on and how to augment it: the `data` section of a recipe."""
+
+from dataclasses import dataclass
+
+from meanflow.data.augment import AUGMENT_LABELS
+
+SOURCES = ("cifar10", "digits")
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented.
+
+    Raises:
+        ValueError: a field is out of range; the message begins with the field's name.
+    """
+
+    source: str  # "cifar10" (torchvision's archive) or "digits" (scikit-learn's 8×8 handwritten digits)
+    root: str  # folder where downloads live
+    path: str | None  # the user's own images, which replace `source`: a folder, zip or tar of class folders
+    split: str  # "train" or "test"
+    augment_p: float  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
+    flip: bool  # mirror every image on a fair coin
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, not {self.source!r}")
+        if not self.root:
+            raise ValueError("root must name the folder for downloads, not be empty")
+        if self.path is not None and not self.path:
+            raise ValueError("path must name a folder, zip or tar of images, or be null")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {self.split!r}")
+        if not 0 <= self.augment_p <= 1:
+            raise ValueError(f"augment_p must lie in 0 … 1, not {self.augment_p}")
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip must be true or false, not {self.flip!r}")
+
+    @property
+    def augment_labels(self) -> int:
+        """Width of the label vector that tells the network how an image was augmented: 6, or 0 if never."""
+        return AUGMENT_LABELS if self.augment_p > 0 or self.flip else 0

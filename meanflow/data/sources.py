@@ -1,0 +1,158 @@
+"""Where image files come from: a folder, or a zip or tar that is read in place and never extracted.
+
+Archives come from strangers. What only an attack or a mistake contains is refused before anything is read:
+links and devices, absolute paths and "..", members listed twice, members above 64 MB.
+"""
+
+import lzma
+import os
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from meanflow.errors import AssetError
+
+MAX_MEMBER_BYTES = 64 * 2**20
+
+Parts = tuple[str, ...]  # a path inside a source, split at its slashes
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The listing of a folder or archive, without hidden files, and the means to read a file of it."""
+
+    where: str  # "data.path …", for messages
+    files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of reading
+    folders: set[Parts] = field(default_factory=set)  # every folder that is listed or implied by a file
+    open: Callable[[Any], Path | BytesIO] = lambda handle: handle
+
+    def read(self, parts: Parts) -> Path | BytesIO:
+        """What Pillow can open: a file of a folder by its path, of an archive by its bytes, read now."""
+        with _damage_named(self.where):
+            return self.open(self.files[parts])
+
+    def name(self, parts: Parts) -> str:
+        """A file's name for messages: the source and the path inside it."""
+        return f"{self.where}: {'/'.join(parts)}"
+
+
+@contextmanager
+def open_source(path: str) -> Iterator[Source]:
+    """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are told by content, not by suffix.
+
+    Raises:
+        AssetError: nothing there, unreadable, not an archive, damaged or cut short, or with unsafe members.
+    """
+    where, location = f"data.path {path}", Path(path).expanduser()
+    if not location.exists():
+        raise AssetError(f"{where}: no such file or folder")
+    with ExitStack() as stack:
+        with _damage_named(where):
+            if location.is_dir():
+                source = _folder(where, location)
+            elif _is_zip(location):
+                source = _zip(where, stack.enter_context(zipfile.ZipFile(location)))
+            else:
+                source = _tar(where, stack.enter_context(_open_tar(where, location)))
+        yield source
+
+
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    """Turn what the readers of folders and archives raise into one line."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise AssetError(f"{where} is damaged or cut short ({error}): copy or download it again") from error
+    except NotImplementedError as error:
+        raise AssetError(f"{where} is compressed in a way Python cannot read ({error})") from error
+    except OSError as error:
+        raise AssetError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def _is_zip(location: Path) -> bool:
+    with location.open("rb") as file:
+        return file.read(4) in (b"PK\3\4", b"PK\5\6")
+
+
+def _folder(where: str, root: Path) -> Source:
+    source, seen = Source(where), set()
+
+    def give_up(error: OSError):
+        raise error
+
+    for base, folders, names in os.walk(root, onerror=give_up, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:  # a link back to a folder above would go round for ever
+            raise AssetError(f"{where}: {base} is reached twice through links: remove the link")
+        seen.add(real)
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        parts = Path(base).relative_to(root).parts
+        source.folders.update((*parts, folder) for folder in folders)
+        source.files.update({(*parts, n): Path(base, n) for n in sorted(names) if not n.startswith(".")})
+    return source
+
+
+def _zip(where: str, archive: zipfile.ZipFile) -> Source:
+    source = Source(where, open=lambda info: BytesIO(archive.read(info)))
+    for info in archive.infolist():
+        mode = info.external_attr >> 16
+        if info.flag_bits & 1:
+            raise AssetError(f"{where} is encrypted: pack it again without a password")
+        special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+        _add_member(source, info.filename.replace("\\", "/"), info, info.is_dir(), info.file_size, special)
+    return source
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that is damaged or missing is an error; tarfile takes one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # the block of zeros that ends an archive
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _open_tar(where: str, location: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(location, "r:*", tarinfo=_StrictTarInfo)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise AssetError(f"{where} is not a folder, zip or tar of images, or it is damaged") from error
+
+
+def _tar(where: str, archive: tarfile.TarFile) -> Source:
+    source = Source(where, open=lambda info: BytesIO(archive.extractfile(info).read()))
+    for info in archive:
+        special = not (info.isfile() or info.isdir())
+        _add_member(source, info.name, info, info.isdir(), info.size, special)
+    return source
+
+
+def _add_member(source: Source, name: str, handle: Any, is_folder: bool, size: int, special: bool):
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    label = f"{source.where}: member {name}"
+    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
+        raise AssetError(f"{label} points outside the archive: pack it again with plain relative paths")
+    if special:
+        raise AssetError(f"{label} is a link or a device: pack it again with the files themselves")
+    if size > MAX_MEMBER_BYTES:
+        raise AssetError(f"{label} unpacks to {size / 2**20:.0f} MB, above {MAX_MEMBER_BYTES // 2**20} MB")
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return
+    if not is_folder and parts in source.files:
+        raise AssetError(f"{label} is in the archive twice: remove one")
+    source.folders.update(parts[:depth] for depth in range(1, len(parts) + is_folder))
+    if not is_folder:
+        source.files[parts] = handle

@@ -1,0 +1,37 @@
+"""Seeds that depend on what they are for, so that no two uses of one run's seed share a stream.
+
+Every random number of a run is a function of (seed, purpose, numbers): `generator(seed, "noise", step)` gives
+the same stream in a run that never stopped, in one that was resumed, and on any number of processes.
+"""
+
+import hashlib
+import json
+import operator
+
+import torch
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Hash (seed, purpose, numbers) to an integer in [0, 2^63).
+
+    Args:
+        seed: the run's seed, any integer.
+        purpose: what the numbers are for, for instance "order" or "noise".
+        numbers: what they depend on besides, for instance epoch, step or rank. Any integers.
+
+    Raises:
+        TypeError: a number is not an integer (a float would make the seed depend on rounding).
+    """
+    # JSON is canonical for one string and integers: distinct arguments never give equal bytes.
+    key = json.dumps([operator.index(seed), str(purpose), *map(operator.index, numbers)])
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, purpose: str, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh torch.Generator on `device`, seeded by `derive_seed(seed, purpose, *numbers)`.
+
+    PyTorch's CPU generator keeps only 32 bits of its seed, CUDA's all of them: of 50,000 CPU generators, two
+    are the same with a chance of one in four.
+    """
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *numbers))

@@ -1,0 +1,129 @@
+"""Processes and the averaging of their gradients.
+
+There is no DistributedDataParallel here. Its reducer prepares itself in the wrapper's `forward`, which a JVP of the
+network has to bypass; gradients then stay unsynchronised without any error (PyTorch issues 102197, 182661). Instead
+hooks on the parameters themselves fire when a gradient is complete, whatever called the network, and start the
+all-reduce of a bucket while the backward pass goes on.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers. `world` is 1 and nothing is initialised without a launcher."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_processes(device: str | None = None) -> Processes:
+    """Join the peers that torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or stand alone.
+
+    `device`: "cpu" or "cuda"; by default CUDA where there is one.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Processes(int(os.environ.get("RANK", 0)), world, where)
+
+
+def stop_processes() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class GradientSum:
+    """Sums gradients over processes, in buckets that overlap with the backward pass.
+
+    Each parameter's `.grad` is a view into a flat bucket, in the parameter's own memory format. Use, per step:
+    `zero()`, all micro-batches but the last `backward()`, `arm()`, the last `backward()`, `finish()`.
+    With one process it only zeroes gradients.
+    """
+
+    def __init__(self, network: nn.Module, processes: Processes):
+        self.world = processes.world
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        if self.world == 1:
+            return
+        self.armed, self.works = False, []
+        self.buckets: list[Tensor] = []
+        self.members: list[int] = []  # parameters in each bucket
+        self.bucket_of: dict[Tensor, int] = {}
+        group: list[Tensor] = []
+        for parameter in reversed(self.parameters):  # gradients complete from the output backwards
+            group.append(parameter)
+            if sum(p.numel() * p.element_size() for p in group) >= BUCKET_BYTES:
+                self._add_bucket(group)
+                group = []
+        if group:
+            self._add_bucket(group)
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+
+    def _add_bucket(self, group: list[Tensor]) -> None:
+        bucket = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype, device=group[0].device)
+        offset = 0
+        for p in group:
+            p.grad = bucket[offset : offset + p.numel()].as_strided(p.shape, p.stride(), offset)
+            offset += p.numel()
+            self.bucket_of[p] = len(self.buckets)
+        self.buckets.append(bucket)
+        self.members.append(len(group))
+
+    def zero(self) -> None:
+        if self.world == 1:
+            for p in self.parameters:
+                p.grad = None
+            return
+        torch._foreach_zero_(self.buckets)
+
+    def arm(self) -> None:
+        """The next backward pass is the step's last: reduce each bucket when its gradients are complete."""
+        if self.world > 1:
+            self.armed, self.waiting, self.works = True, list(self.members), []
+
+    def _gradient_ready(self, parameter: Tensor) -> None:
+        if self.armed:
+            self.waiting[self.bucket_of[parameter]] -= 1
+            self._launch(until=self.waiting)
+
+    def _launch(self, until: list[int]) -> None:
+        """Start reductions strictly in bucket order, the same on every process."""
+        while len(self.works) < len(self.buckets) and until[len(self.works)] == 0:
+            self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+
+    def finish(self) -> None:
+        """Wait for all reductions; parameters that had no gradient count as zero."""
+        if self.world > 1:
+            self._launch(until=[0] * len(self.buckets))
+            for work in self.works:
+                work.wait()
+            self.armed = False

@@ -1,0 +1,97 @@
+"""`--dry-run`: what a run would need, measured with a probe on this machine rather than guessed."""
+
+import time
+
+import torch
+
+from meanflow.random import generator
+from meanflow.data import augment
+from meanflow.objective import interval_first
+from meanflow.times import sample_times
+from meanflow.training.batches import MicroBatch, split_batch
+from meanflow.training.config import RunConfig
+from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.metrics import StepSums
+from meanflow.training.network import count_parameters
+from meanflow.training.state import fresh_state
+from meanflow.training.step import accumulate, configure_numerics, make_loss, update
+
+PROBE_SAMPLES = 8  # enough for a rate on a CPU, where a whole batch can take minutes
+FLOAT32_BYTES = 4
+
+
+def estimate(config: RunConfig, processes: Processes) -> str:
+    """Two probe steps on random images; parameters, memory and images/s of one process, as lines of text.
+
+    Memory of activations is counted (the tensors saved for the backward pass) on a few samples and scaled to the
+    micro-batch. The rate on a CPU is that of the small probe.
+    """
+    configure_numerics(config.train)
+    state = fresh_state(config, processes.device)
+    state.network.train()
+    local = split_batch(config, processes.world)
+    micro = min(config.train.microbatch or local, local)
+    probe = min(PROBE_SAMPLES if processes.device.type == "cpu" else micro, micro)
+    loss = make_loss(state.network, config, processes.device)
+    gradients = GradientSum(state.network, processes)
+    batch = random_batch(config, probe, processes.device)
+
+    saved = _count_saved(lambda: loss(batch))
+    seconds = []
+    for step in range(2):  # the first one warms up
+        start = time.perf_counter()
+        accumulate(loss, [batch], 1, probe, gradients, StepSums(processes.device, False))
+        norm = update(state.optimizer, gradients.parameters, config.optim, step)
+        norm.item()  # wait for the device
+        seconds.append(time.perf_counter() - start)
+
+    parameters = count_parameters(state.network)
+    copies = 1 + 1 + 2 + len(config.ema.decays)  # weights, gradients, two Adam moments, averages
+    fixed = parameters * FLOAT32_BYTES * copies
+    activations = saved / probe * micro
+    rate = probe / seconds[-1] * processes.world
+    days = config.train.steps * config.train.batch / rate / 86400
+    where = "CUDA device" if processes.device.type == "cuda" else "CPU"
+    return "\n".join(
+        [
+            f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
+            f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {processes.world} process(es)",
+            f"memory (estimate) {(fixed + activations) / 1e9:.1f} GB a process: {fixed / 1e9:.1f} GB weights, "
+            f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
+            f"speed (measured)  {rate:.3g} images/s on this {where} with a probe of {probe} images",
+            f"whole run         {config.train.steps:,} steps of {config.train.batch:,} images: "
+            f"about {days:.3g} days at that speed",
+        ]
+    )
+
+
+def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBatch:
+    """A micro-batch of noise images in the recipe's shapes, with its times and label inputs."""
+    random, model = generator(config.seed, "probe"), config.model
+    shape = (size, model.channels, model.image_size, model.image_size)
+    x, eps = (
+        torch.randn(shape, generator=random).to(device).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
+    t, r = sample_times(size, config.times, random)
+    order = interval_first(t, r)[0]
+    cond = {}
+    if model.augment_labels:
+        draw = augment.draw(size, config.data.augment_p, config.data.flip, random)
+        cond["augment_labels"] = draw.labels.to(device)
+    if model.classes:
+        cond["class_labels"] = torch.randint(model.classes, (size,), generator=random).to(device)
+    return MicroBatch(x, eps, t[order], r[order], cond)
+
+
+def _count_saved(call) -> int:
+    """Bytes that `call` saves for a backward pass, each storage once, parameters included."""
+    storages: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call()
+    del out
+    return sum(storages.values())

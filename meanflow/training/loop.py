@@ -1,0 +1,149 @@
+"""The training loop, top to bottom."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from meanflow.data import Dataset, load_dataset
+from meanflow.errors import ConfigError, NumericsError
+from meanflow.training.batches import BatchStream
+from meanflow.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
+from meanflow.training.config import RunConfig
+from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
+from meanflow.training.run_folder import RunFolder
+from meanflow.training.signals import StopRequest
+from meanflow.training.state import TrainState, fresh_state, learning_rate, restore, to_checkpoint
+from meanflow.training.step import accumulate, configure_numerics, make_loss, update
+
+Say = Callable[[str], None]
+AfterCheckpoint = Callable[[RunFolder, RunConfig, TrainState, Processes], None]
+
+
+def train(
+    config: RunConfig, run: RunFolder, processes: Processes, say: Say = print, evaluate: AfterCheckpoint | None = None
+) -> int:
+    """Train until `config.train.steps`, from the newest intact checkpoint if there is one.
+
+    Saves on Ctrl-C and SIGTERM. `evaluate` is called every `config.eval.every` steps, on every process. Returns 0,
+    or the exit code of the signal that stopped it. Raises UserError for what the user can mend.
+    """
+    say = say if processes.is_main else lambda line: None
+    configure_numerics(config.train)
+    dataset = load_dataset_once(config, processes)
+    data = describe(dataset)
+    state = fresh_state(config, processes.device)
+    resume(state, run, data, say)
+    stream = BatchStream(dataset, config, processes)
+    loss = make_loss(state.network, config, processes.device)
+    gradients = GradientSum(state.network, processes)
+    if processes.is_main:
+        rewind_metrics(run.metrics_file, state.step)
+    writer = tensorboard_writer(run.path) if config.logging.tensorboard and processes.is_main else None
+    log = MetricsLog(run.metrics_file, processes, config.logging.flush_every, state.seconds, writer)
+    state.network.train()
+    total, quiet = config.train.steps, not processes.is_main
+    bar = tqdm(total=total, initial=state.step, unit="step", disable=quiet, dynamic_ncols=True)
+
+    with StopRequest() as stop, bar:
+        stopping = False
+        while state.step < total and not stopping:
+            sums = StepSums(processes.device, stop.requested)
+            batches = stream.micro_batches(state.step)
+            accumulate(loss, batches, stream.micro_steps, config.train.batch, gradients, sums)
+            norm = update(state.optimizer, gradients.parameters, config.optim, state.step)
+            lr = learning_rate(config.optim, state.step)
+            state.step += 1
+            state.ema.update(state.step)
+            log.record(state.step, state.step * config.train.batch, config.train.batch, lr, sums, norm)
+            bar.update()
+
+            last = state.step == total
+            saving = last or state.step % config.checkpoint.every == 0
+            evaluating = evaluate and config.eval.every and state.step % config.eval.every == 0
+            if log.due or saving or evaluating:
+                stopping = flush(log, run) or stopping
+                bar.set_postfix(error=f"{log.last['error']:.4g}", images_per_s=f"{log.last['images_per_s']:.3g}")
+            if saving or evaluating or stopping:
+                state.seconds = log.seconds
+                save(run, state, config, data, log, processes)
+            if evaluating and not stopping:
+                evaluate(run, config, state, processes)
+                state.network.train()
+            log.pause()
+    if writer:
+        writer.close()
+    if stopping and state.step < total:
+        say(f"stopped and saved at step {state.step:,} of {total:,}; the same command continues")
+        return stop.exit_code or 143
+    return 0
+
+
+def load_dataset_once(config: RunConfig, processes: Processes) -> Dataset:
+    """The main process downloads what is missing before the others look."""
+    if not processes.is_main:
+        processes.barrier()
+    dataset = load_dataset(config.data, config.model.image_size, config.model.channels, progress=processes.is_main)
+    if processes.is_main:
+        processes.barrier()
+    return dataset
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What the images are, to recognise them again: their number and the SHA-256 of their pixels."""
+    pixels = dataset.images.contiguous().numpy()
+    return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": hashlib.sha256(pixels).hexdigest()}
+
+
+def resume(state: TrainState, run: RunFolder, data: dict[str, Any], say: Say) -> None:
+    """Continue from the newest intact checkpoint, if any. Raises ConfigError if it saw other images."""
+    newest = load_newest(run.checkpoints)
+    if newest is None:
+        return
+    path, checkpoint, complaints = newest
+    for complaint in complaints:
+        say(f"warning: {complaint}; using the one before")
+    if checkpoint.meta["data"]["sha256"] != data["sha256"]:
+        raise ConfigError(
+            f"{run.path}: was trained on other images ({checkpoint.meta['data']['images']:,}, now {data['images']:,}); "
+            "give the same data.path again, or another --out"
+        )
+    restore(state, checkpoint, str(path))
+    say(f"continuing from step {state.step:,} ({path})")
+
+
+def flush(log: MetricsLog, run: RunFolder) -> bool:
+    """Write pending metrics; True if the run was asked to stop. Explains a run that diverged."""
+    try:
+        return log.flush()
+    except NumericsError as error:
+        newest = sorted(run.checkpoints.glob("[0-9]*.pt"))
+        kept = f"the last good checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
+        raise NumericsError(
+            f"{error}. Stopped; {kept}. Try a smaller optim.lr, a longer optim.warmup_steps, optim.clip=1.0, "
+            "or train.precision=fp32 in a new run"
+        ) from error
+
+
+def save(
+    run: RunFolder, state: TrainState, config: RunConfig, data: dict[str, Any], log: MetricsLog, processes: Processes
+) -> None:
+    """Checkpoint on the main process; the metrics it vouches for reach the disk first."""
+    if processes.is_main:
+        log.sync()
+        save_checkpoint(run.checkpoints, state.step, to_checkpoint(state, config, data))
+        prune_checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.milestone_every)
+    processes.barrier()
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Raises ConfigError if the optional package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("logging.tensorboard is true, but the package is missing: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,86 @@
+"""A run folder describes itself: everything in `eval/` needs only its path."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from meanflow.errors import AssetError
+from meanflow.training.config import RunConfig, changes, config_to_yaml, load_config, refuse_changed_run
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml` (complete, resolved), `metrics.jsonl`, `starts.jsonl` (when, where and with what it was started),
+    `checkpoints/`, `samples/`, `eval/`, `curves.png`."""
+
+    path: Path
+
+    config_file = property(lambda self: self.path / "config.yaml")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    starts_file = property(lambda self: self.path / "starts.jsonl")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    samples = property(lambda self: self.path / "samples")
+    eval = property(lambda self: self.path / "eval")
+    curves = property(lambda self: self.path / "curves.png")
+
+    def lock(self) -> Any:
+        """Hold the folder for this process until the returned file is closed or the process ends, however it ends.
+
+        Raises AssetError if another process trains in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "w")  # noqa: SIM115 - the open file is the lock
+        except OSError as error:
+            raise AssetError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
+        return file
+
+    def open_for(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Write `config.yaml`; what changed since the last start. Raises ConfigError if it would be another run."""
+        changed: dict[str, tuple[Any, Any]] = {}
+        if self.config_file.exists():
+            old = load_config(self.config_file)
+            refuse_changed_run(old, config, str(self.path))
+            changed = changes(old, config)
+        temporary = self.config_file.with_suffix(".tmp")
+        temporary.write_text(config_to_yaml(config), encoding="utf-8")
+        os.replace(temporary, self.config_file)
+        return changed
+
+    def note_start(self, **facts: Any) -> None:
+        with open(self.starts_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for records."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,159 @@
+"""YAML ⇄ frozen dataclasses, strictly: every key is known, present, of its type and in range, or the error names it.
+
+Recipes are complete, so no dataclass has defaults. Values pass through one door, `build`, whether they come
+from a file or from `--set key.path=value`.
+"""
+
+import difflib
+import math
+import types
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from meanflow.errors import ConfigError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML silently keeps the last of two equal keys; a recipe must not."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(None, None, f"repeats the key {repeated[0]}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError in one line if it is missing or not a mapping."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or "it is malformed"
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{source}: not valid YAML: {reason}{f' (line {mark.line + 1})' if mark else ''}") from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `tree` with each `key.path=value` set. Raises ConfigError for a path that is not there."""
+    tree = _copy(tree)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"--set {override}: expected key.path=value")
+        *parents, last = path.strip().split(".")
+        branch, seen = tree, []
+        for key in [*parents, last]:
+            if not isinstance(branch, dict) or key not in branch:
+                known = [".".join([*seen, str(k)]) for k in branch] if isinstance(branch, dict) else []
+                raise ConfigError(f"--set {override}: {path} is not a setting{nearest(path, known)}")
+            seen.append(key)
+            parent, branch = branch, branch[key]
+        if isinstance(branch, dict):
+            raise ConfigError(f"--set {override}: {path} is a group of settings; set one of {', '.join(branch)}")
+        parent[last] = parse_yaml(text, f"--set {override}")
+    return tree
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def nearest(key: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return f"; did you mean {match[0]}?" if match else f"; known here: {', '.join(known)}" if known else ""
+
+
+def build(kind: Any, value: Any, path: str, source: str) -> Any:
+    """`value` as type `kind`, checked. `path` is its dotted key and `source` its file, for the error.
+
+    Raises ConfigError naming both. Numbers written as strings ("1e-4", which YAML reads so) are numbers.
+    """
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, path, source)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (kind,) = [arg for arg in args if arg is not type(None)]
+        return build(kind, value, path, source)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong(path, source, "a list", value)
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise _wrong(path, source, f"a list of {len(args)}", value)
+        return tuple(build(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(value))
+    return _build_scalar(kind, value, path, source)
+
+
+def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
+    where = f"{path}." if path else ""
+    if not isinstance(value, dict):
+        raise _wrong(path or "the file", source, "a group of settings", value)
+    hints = get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{source}: {where}{key} is not a setting{nearest(str(key), known)}")
+    missing = [name for name in known if name not in value]
+    if missing:
+        raise ConfigError(f"{source}: {where}{missing[0]} is missing")
+    built = {name: build(hints[name], value[name], f"{where}{name}", source) for name in known}
+    try:
+        return kind(**built)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {where}{error}") from error
+
+
+def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        value = _number(value)
+    if kind is int and isinstance(value, str | float):
+        number = _number(value)
+        value = int(number) if isinstance(number, float) and number.is_integer() else value
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise _wrong(path, source, names[kind], value)
+    return value
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _wrong(path: str, source: str, expected: str, value: Any) -> ConfigError:
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return ConfigError(f"{source}: {path} must be {expected}, got {shown}")
+
+
+def to_tree(config: Any) -> Any:
+    """The plain dicts and lists of a dataclass, ready for YAML or JSON."""
+    if is_dataclass(config):
+        return {field.name: to_tree(getattr(config, field.name)) for field in fields(config)}
+    return [to_tree(item) for item in config] if isinstance(config, tuple) else config
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for name, branch in tree.items():
+        flat |= flatten(branch, f"{prefix}.{name}".lstrip("."))
+    return flat

@@ -1,0 +1,33 @@
+"""Being asked to stop: finish the step, save, exit with a code that says why."""
+
+import signal
+from types import FrameType
+
+from meanflow.errors import EXIT_INTERRUPTED
+
+EXIT_TERMINATED = 143
+_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
+
+
+class StopRequest:
+    """Inside `with`, Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) only set `requested`; a second Ctrl-C is immediate.
+
+    `exit_code` is 130 for Ctrl-C, 143 for the others.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.exit_code = 0
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self._note) for number in _CODES}
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested, self.exit_code = True, _CODES[signal.Signals(number)]

@@ -1,0 +1,70 @@
+"""One optimiser step: Algorithm 1 over the micro-batches, one sum of gradients, one guarded update."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from meanflow.objective import MeanFlowLoss, meanflow_loss
+from meanflow.training.batches import MicroBatch
+from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
+from meanflow.training.distributed import GradientSum
+from meanflow.training.metrics import StepSums
+from meanflow.training.state import learning_rate
+
+LossFunction = Callable[[MicroBatch], MeanFlowLoss]
+
+
+def configure_numerics(config: TrainConfig) -> None:
+    """Precision and determinism are process-wide switches in PyTorch; this is the one place that sets them."""
+    tf32 = config.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
+    """The loss of a micro-batch; networks run under bf16 autocast if the recipe says so, the target never does."""
+    call = torch.compile(network, dynamic=False) if config.train.compile else network
+    bf16 = config.train.precision == "bf16"
+
+    def velocity(z, t, r, **cond):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            return call(z, t, r, **cond)
+
+    def loss(batch: MicroBatch) -> MeanFlowLoss:
+        return meanflow_loss(velocity, batch.x, batch.eps, batch.t, batch.r, config.loss, **batch.cond)
+
+    return loss
+
+
+def accumulate(
+    loss: LossFunction, batches: Iterable[MicroBatch], count: int, batch: int, gradients: GradientSum, sums: StepSums
+) -> None:
+    """Leave the gradient of the global batch's mean loss in `.grad`, from `count` micro-batches of this process."""
+    gradients.zero()
+    for i, micro in enumerate(batches):
+        if i == count - 1:
+            gradients.arm()
+        out = loss(micro)
+        (out.weighted.sum() / batch).backward()
+        sums.add(out.weighted, out.squared_error, int((micro.t != micro.r).sum()))
+    gradients.finish()
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: OptimConfig, step: int) -> Tensor:
+    """Clip and apply the gradients; their norm (a device scalar, before clipping).
+
+    A gradient that is not finite changes nothing: the fused optimiser reads `found_inf` on the device, so no step
+    waits for the host to look. The log raises when it reads the norm.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if config.clip is not None:
+        torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    for group in optimizer.param_groups:
+        group["lr"].fill_(learning_rate(config, step))
+    optimizer.step()
+    return norm

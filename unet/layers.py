@@ -1,0 +1,102 @@
+"""Building blocks of the U-net. Every operation here has a tangent rule in `meanflow.dual`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SKIP_SCALE = math.sqrt(0.5)  # a sum of two branches keeps its variance
+RESAMPLE_TAPS = (1.0, 3.0, 3.0, 1.0)
+ZERO_INIT = 1e-5  # the last convolution of a branch starts near zero: the block starts as its skip
+QKV_INIT = math.sqrt(0.2)
+
+
+def xavier_(layer: nn.Module, scale: float = 1.0) -> None:
+    """Xavier-uniform weight times `scale`, zero bias (in place)."""
+    nn.init.xavier_uniform_(layer.weight, gain=scale)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    xavier_(layer)
+    return layer
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups, at least four channels in each."""
+    groups = min(32, max(1, channels // 4))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class Conv(nn.Conv2d):
+    """A k×k convolution, after resampling by 2 with the filter [1, 3, 3, 1] if `resample` is "up" or "down".
+
+    (B, C_in, H, W) → (B, C_out, H', W') with H' = H, 2H or H/2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, resample: str = "", init: float = 1.0):
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.resample = resample
+        xavier_(self, init)
+        if resample:
+            taps = torch.tensor(RESAMPLE_TAPS)
+            taps = taps / taps.sum() * (2.0 if resample == "up" else 1.0)  # "up" inserts zeros: gain 2 per axis
+            filters = torch.outer(taps, taps)[None, None].repeat(in_channels, 1, 1, 1)
+            self.register_buffer("filters", filters, persistent=False)  # (C_in, 1, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            x = F.conv_transpose2d(x, self.filters, None, stride=2, padding=1, groups=self.in_channels)
+        elif self.resample == "down":
+            x = F.conv2d(x, self.filters, None, stride=2, padding=1, groups=self.in_channels)
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+
+class Block(nn.Module):
+    """A residual block, shifted by the time embedding, with self-attention if asked for.
+
+    x (B, C_in, H, W), emb (B, E) → (B, C_out, H', W'). Parameters bear the official release's names.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, resample: str = "", attention=False
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.norm0 = group_norm(in_channels)
+        self.conv0 = Conv(in_channels, out_channels, 3, resample)
+        self.affine = linear(emb_dim, out_channels)
+        self.norm1 = group_norm(out_channels)
+        self.conv1 = Conv(out_channels, out_channels, 3, init=ZERO_INIT)
+        self.skip = None
+        if resample or in_channels != out_channels:
+            self.skip = Conv(in_channels, out_channels, 1, resample)
+        self.attention = attention
+        if attention:
+            self.norm2 = group_norm(out_channels)
+            self.qkv = Conv(out_channels, 3 * out_channels, 1, init=QKV_INIT)
+            self.proj = Conv(out_channels, out_channels, 1, init=ZERO_INIT)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))  # (B, C_out, H', W')
+        h = h + self.affine(emb)[:, :, None, None]
+        h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
+        h = self.conv1(h)
+        x = (h + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
+        if self.attention:
+            x = (self.proj(attend(self.qkv(self.norm2(x)))) + x) * SKIP_SCALE
+        return x
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Single-head self-attention over the H·W positions. qkv (B, 3C, H, W) → (B, C, H, W)."""
+    height, width = qkv.shape[2:]
+    tokens = qkv.flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, 3C)
+    q, k, v = tokens.chunk(3, dim=-1)  # (B, 1, H·W, C) each
+    out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H·W, C)
+    return out[:, 0].transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
