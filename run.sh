@@ -4,7 +4,7 @@
 #   bash run.sh NAME [options]         run recipes/NAME.yaml: set up, train (or continue), sample, score, plot
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
-#   bash run.sh test [pytest options]  run the tests
+#   bash run.sh test [pytest options]  run the tests;  bash run.sh lint: style
 #
 # Python: the active one if it satisfies requirements.txt, else .venv, made here on first use. PYTHON chooses
 # the interpreter. All GPUs of the node are used; NPROC sets the number of processes instead.
@@ -50,7 +50,9 @@ set_up() {
   if check "$base" "$@"; then python="$base"; return; fi
   python=.venv/bin/python
   if [ -x "$python" ] && check "$python" "$@"; then return; fi
-  [ -x "$python" ] || "$base" -m venv .venv || die "could not make .venv: install Python's venv module (python3-venv)" 3
+  local reuse=()  # an installed PyTorch that fits is not downloaded again
+  if check "$base" <(grep -E '^torch(vision)?[>=<]' requirements.txt); then reuse=(--system-site-packages); fi
+  [ -x "$python" ] || "$base" -m venv ${reuse[@]+"${reuse[@]}"} .venv || die "could not make .venv: install Python's venv module (python3-venv)" 3
   echo "setting up .venv (once; PyTorch is a large download) ..." >&2
   local file arguments=()
   for file in "$@"; do arguments+=(-r "$file"); done
@@ -65,6 +67,10 @@ case "$name" in
     shift
     set_up requirements.txt requirements-dev.txt
     exec "$python" -m pytest "$@" ;;
+  lint)
+    set_up requirements.txt requirements-dev.txt
+    "$python" -m ruff check .
+    exec "$python" -m ruff format --check . ;;
 esac
 shift
 [ -f "recipes/$name.yaml" ] || { list_recipes >&2; echo >&2; die "there is no recipe named '$name'"; }
@@ -72,6 +78,6 @@ set_up requirements.txt
 
 processes="${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 if [ "$processes" -gt 1 ]; then
-  exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m eval.run "recipes/$name.yaml" "$@"
+  exec "$python" -m eval.launch "$processes" "recipes/$name.yaml" "$@"  # torchrun's agent, with our exit codes
 fi
 exec "$python" -m eval.run "recipes/$name.yaml" "$@"

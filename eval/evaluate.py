@@ -12,7 +12,7 @@ from eval.files import write_json
 from eval.metrics import compute
 from eval.prepare import Prepared, prepare
 from eval.processes import agree, on_main
-from eval.protocol import Request, Variant, flat, open_work, result, settings
+from eval.protocol import Request, Variant, flat, open_work, result, settings, stands
 from eval.references import check_reference
 from eval.workers import one_thread
 from meanflow.errors import AssetError, IncompleteError, UserError
@@ -29,20 +29,23 @@ def preflight(request: Request, variants: list[Variant]) -> list[str]:
     for variant in variants:
         source = variant.source
         extractor.check_image(source.shape, variant.name)
-        if source.n < 2:
-            raise UserError(f"{source.n} sample(s): a covariance needs two or more (--n)")
-        if "kid" in request.metrics and source.n < options.kid_subset_size:
+        least = _least(request)
+        if source.n < least:
             raise UserError(
-                f"KID draws subsets of {options.kid_subset_size} and there are {source.n} samples: "
-                "raise --n or lower --kid-subset-size"
+                f"{', '.join(request.metrics)} need {least:,} samples or more and there are {source.n:,}: raise --n"
+                f"{' or lower --kid-subset-size' if 'kid' in request.metrics else ''}"
             )
-        if "prc" in request.metrics and source.n <= options.prc_neighborhood:
-            raise UserError(f"precision and recall need more than {options.prc_neighborhood} samples (--n)")
-    warnings += check_reference(
-        request.reference, request.metrics, extractor, variants[0].source.shape, options.kid_subset_size
-    )
+    shape = variants[0].source.shape
+    warnings += check_reference(request.reference, request.metrics, extractor, shape, options)
     _check_disk(request, variants)
     return warnings
+
+
+def _least(request: Request) -> int:
+    """Samples that the chosen metrics need: a covariance, a KID subset, an IS split, a neighbourhood."""
+    options = request.options
+    least = {"kid": options.kid_subset_size, "isc": options.isc_splits, "prc": options.prc_neighborhood + 1}
+    return max(2, *(least.get(metric, 2) for metric in request.metrics))
 
 
 def _check_disk(request: Request, variants: list[Variant]) -> None:
@@ -76,6 +79,10 @@ def evaluate(
     warnings = preflight(request, variants)
     wanted = settings(request, variants)
     agree(processes, flat(wanted), "settings")
+    if request.resume == "reuse":
+        standing = on_main(processes, lambda: [stands(_file(request, v), wanted[v.name]) for v in variants])
+        if all(standing):
+            return standing if processes.is_main else None
     work = on_main(processes, lambda: open_work(request.out / "work", wanted, request.resume))
     results: list[dict] = []
     try:
@@ -96,15 +103,21 @@ def evaluate(
         if processes.is_main:
             for variant in variants[len(results) :]:
                 unfinished = result(request, variant, "incomplete", {}, warnings, {"processes": processes.world})
-                write_json(request.out / f"{variant.name}.json", unfinished)
+                write_json(_file(request, variant), unfinished)
         raise IncompleteError(
             f"interrupted: the features of {images_done(work):,} images are kept in {work}; the same command "
-            "with --resume continues"
+            f"{'' if request.resume == 'reuse' else 'with --resume '}continues"
         ) from None
     if not processes.is_main:
         return None
     shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
     return results
+
+
+def _file(request: Request, variant: Variant) -> Path:
+    return request.out / f"{variant.name}.json"
 
 
 def _score(
@@ -140,5 +153,5 @@ def _score(
         "seconds_metrics": round(time.monotonic() - extracted, 3),
     }
     found = result(request, variant, "complete", metrics, warnings, circumstances)
-    write_json(request.out / f"{variant.name}.json", found)
+    write_json(_file(request, variant), found)
     return found

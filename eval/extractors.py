@@ -117,6 +117,12 @@ def create(name: str, options: Options, metrics: Iterable[str]) -> Extractor:
     return extractor
 
 
+def prefetch(name: str, options: Options) -> None:
+    """Download what `create` would, so that one process can do it for all."""
+    if name == INCEPTION:
+        find_inception_weights(options)
+
+
 def _own_factory(name: str) -> Factory:
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -183,6 +189,11 @@ def inception(options: Options, metrics: tuple[str, ...]) -> Extractor:
     return Extractor(INCEPTION, forward, dict(INCEPTION_LAYERS), options.device, 3, digest, warnings)
 
 
+def inception_weights_path() -> Path:
+    """Where torch-fidelity keeps its weights (TORCH_HOME moves it)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+
+
 def find_inception_weights(options: Options) -> Path:
     """The weights file: `options.weights`, else torch-fidelity's cache, else a download if that is allowed.
 
@@ -192,20 +203,21 @@ def find_inception_weights(options: Options) -> Path:
         if not options.weights.is_file():
             raise AssetError(f"--weights {options.weights}: no such file")
         return options.weights
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]
+    path = inception_weights_path()
     if path.is_file():
         return path
     if not options.allow_download:
         raise AssetError(
-            f"no Inception weights at {path} and downloads are off (--offline): fetch {URL_INCEPTION_V3} "
-            "on another machine and pass --weights FILE, or use --extractor pixels"
+            f"no Inception weights at {path} and downloads are off: fetch {URL_INCEPTION_V3} elsewhere and put it "
+            "there (eval.fid also takes --weights FILE)"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=True)
     except (URLError, OSError, RuntimeError) as error:
         raise AssetError(
-            f"downloading {URL_INCEPTION_V3} failed ({error}): fetch it by hand and pass --weights FILE"
+            f"downloading {URL_INCEPTION_V3} failed ({error}): fetch it elsewhere and put it at {path} "
+            "(eval.fid also takes --weights FILE)"
         ) from None
     return path
 

@@ -9,7 +9,6 @@ python -m eval.fid selftest                                is this installation'
 """
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -18,16 +17,26 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
 from eval.evaluate import evaluate
-from eval.extractors import INCEPTION, METRICS, Extractor, Options, create
+from eval.extractors import INCEPTION, METRICS, Extractor, Options, create, prefetch
+from eval.files import default_cache
+from eval.generate import open_checkpoint
 from eval.metrics import MetricOptions
 from eval.prepare import prepare, write_reference
-from eval.processes import Processes, join_processes, leave_processes, pick_device
+from eval.processes import agree, on_main
 from eval.protocol import FULL_N, Request, Variant, table
-from eval.references import NAMED, check_reference, open_reference
+from eval.references import NAMED, Reference, check_reference, open_reference
+from eval.score import training_images
 from eval.selftest import selftest
 from eval.sources import read_images
+from eval.subjects import Sampling, variants_of
 from meanflow.errors import UserError, run_main
+from meanflow.training.checkpoint import file_sha256
+from meanflow.training.config import config_from_tree
+from meanflow.training.distributed import Processes, start_processes, stop_processes
+from meanflow.training.run_folder import RunFolder
 
 EXIT_CODES = """exit codes:
   0 done   2 usage or things that do not fit together   3 a file, the weights or the disk is missing
@@ -37,21 +46,23 @@ Under torchrun the launcher reports a failed process by its own exit code 1."""
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        "eval.fid",
+        "python -m eval.fid",
         description=__doc__,
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = out.add_argument_group("what is scored (one of)")
-    what.add_argument("what", nargs="?", metavar="WHAT", help="run folder or checkpoint (ours, official)")
+    what.add_argument("what", nargs="?", type=Path, metavar="WHAT", help="run folder or checkpoint (ours, official)")
     what.add_argument("--ckpt", type=Path, help="the same for a checkpoint file")
     what.add_argument("--samples", type=Path, help="folder, zip, tar or npz (arr_0) of images")
     how = out.add_argument_group("how")
-    how.add_argument("--ref", help=f"{', '.join(NAMED)}, images or statistics (default: the run's own data)")
+    how.add_argument("--ref", help=f"{', '.join(NAMED)}, images or statistics (default: the run's own training images)")
     how.add_argument("--metrics", default="fid", help=f"comma-separated of {', '.join(METRICS)} (fid)")
-    how.add_argument("--n", type=int, help=f"number of samples ({FULL_N}; --samples: all, up to that)")
-    how.add_argument("--steps", default="1", help="network evaluations a sample, comma-separated (1)")
-    how.add_argument("--ema", help='which EMA by its decay, "all", or "none" for the online weights')
+    # torchrun takes --n for an abbreviation of its own, even behind the module's name.
+    number = f"number of samples ({FULL_N}; --samples: all, up to that); under torchrun write --count"
+    how.add_argument("--n", "--count", type=int, help=number)
+    how.add_argument("--steps", default="1", help="network evaluations a sample (NFE), comma-separated (1)")
+    how.add_argument("--ema", help='an EMA by its decay, "all", or "weights" (the recipe\'s ema.eval)')
     how.add_argument("--seed", type=int, default=0, help="sample k is a function of (seed, k) (0)")
     how.add_argument("--labels", default="random", help="random, balanced, or one class (random)")
     how.add_argument("--quantise", choices=("round", "floor"), default="round", help="to uint8 (round)")
@@ -69,14 +80,10 @@ def _common(out: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", type=Path, help="Inception weights (torch-fidelity's cache)")
     group.add_argument("--allow-weights", action="store_true", help="accept weights of an unknown hash")
     group.add_argument("--offline", action="store_true", help="never download anything")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     group.add_argument("--batch", type=int, default=64, help="images at a time (64)")
-    group.add_argument("--cache", type=Path, default=_cache_folder(), help="features of references")
+    group.add_argument("--cache", type=Path, default=default_cache(), help="features of references (%(default)s)")
     group.add_argument("--data", type=Path, default=Path("data"), help="where CIFAR-10 lives (data)")
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meanflow" / "references"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,53 +92,52 @@ def main(argv: list[str] | None = None) -> int:
     # Schedulers send SIGTERM: keep what is done, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        processes = join_processes()
         if argv[:1] == ["make-ref"]:
-            return _make_ref(argv[1:], processes)
+            return _make_ref(argv[1:])
         if argv[:1] == ["selftest"]:
-            return _selftest(argv[1:], processes)
-        return _score(parser().parse_args(argv), processes)
+            return _selftest(argv[1:])
+        return _score(parser().parse_args(argv))
     finally:
         signal.signal(signal.SIGTERM, before)
-        leave_processes()
+        stop_processes()
 
 
 def _interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
-def _score(args: argparse.Namespace, processes: Processes) -> int:
+def _score(args: argparse.Namespace) -> int:
     if sum(x is not None for x in (args.what, args.ckpt, args.samples)) != 1:
         raise UserError("say what to score: a run folder, a checkpoint or --samples, one of them (see --help)")
-    metrics = _metrics(args.metrics)
-    extractor = _extractor(args, metrics)
     if args.batch < 1 or (args.n is not None and args.n < 1):
         raise UserError("--batch and --n must be 1 or more")
+    if args.samples is not None and args.ref is None:
+        raise UserError(f"--samples needs --ref: {', '.join(NAMED)}, images or statistics")
+    metrics, steps = _metrics(args.metrics), _steps(args.steps)
+    processes = _processes(args)
+    agree(processes, {name: str(value) for name, value in vars(args).items()}, "arguments")
+    extractor = _extractor(args, metrics, processes)
     if args.samples is not None:
-        variants, out = _variants_of_samples(args), args.out or Path("eval-results")
-        if args.ref is None:
-            raise UserError(f"--samples needs --ref: {', '.join(NAMED)}, images or statistics")
-        ref = args.ref
-    reference = processes_open(ref, args, processes)
+        variants, out, reference = _of_samples(args), Path("eval-results"), _reference(args, processes)
+    else:
+        variants, out, reference = _of_checkpoint(args, steps, processes)
+    out = args.out or out
     options = MetricOptions(kid_subset_size=args.kid_subset_size)
-    request = Request(metrics, extractor, reference, options, args.batch, out, args.cache, args.resume)
+    resume = "continue" if args.resume else "fresh"
+    request = Request(metrics, extractor, reference, options, args.batch, out, args.cache, resume)
     results = evaluate(request, variants, processes)
     if results is not None:
         print(table(results))
-        for text in dict.fromkeys(w for item in results for w in item["warnings"]):
+        for text in dict.fromkeys(warning for item in results for warning in item["warnings"]):
             print(f"warning: {text}", file=sys.stderr)
         print(f"written to {out}/", file=sys.stderr)
     return 0
 
 
-def processes_open(ref: str, args: argparse.Namespace, processes: Processes):
-    """Open the reference on process 0 first, since that may download, then on the others."""
-    if not processes.first:
-        processes.barrier()
-        return open_reference(ref, args.data, not args.offline)
-    reference = open_reference(ref, args.data, not args.offline)
-    processes.barrier()
-    return reference
+def _processes(args: argparse.Namespace) -> Processes:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    return start_processes(args.device)
 
 
 def _metrics(text: str) -> tuple[str, ...]:
@@ -142,27 +148,58 @@ def _metrics(text: str) -> tuple[str, ...]:
     return found
 
 
-def _extractor(args: argparse.Namespace, metrics: tuple[str, ...]) -> Extractor:
-    device = pick_device(args.device)
-    options = Options(device, args.weights, not args.offline, args.allow_weights)
+def _steps(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--steps {text!r}: give numbers of 1 or more, such as 1,2,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _extractor(args: argparse.Namespace, metrics: tuple[str, ...], processes: Processes) -> Extractor:
+    options = Options(processes.device, args.weights, not args.offline, args.allow_weights)
+    on_main(processes, lambda: prefetch(args.extractor, options))
     return create(args.extractor, options, metrics)
 
 
-def _variants_of_samples(args: argparse.Namespace) -> list[Variant]:
+def _reference(args: argparse.Namespace, processes: Processes) -> Reference:
+    """Open --ref on the main process first, since that may download, then on the others."""
+    on_main(processes, lambda: open_reference(args.ref, args.data, not args.offline) and None)
+    return open_reference(args.ref, args.data, not args.offline)
+
+
+def _of_samples(args: argparse.Namespace) -> list[Variant]:
     source = read_images(args.samples)
     source = source.first(args.n if args.n is not None else min(FULL_N, source.n))
     return [Variant(args.samples.stem or "samples", source, {}, {"samples": str(args.samples)})]
 
 
-def _make_ref(argv: list[str], processes: Processes) -> int:
-    out = argparse.ArgumentParser("eval.fid make-ref")
+def _of_checkpoint(
+    args: argparse.Namespace, steps: tuple[int, ...], processes: Processes
+) -> tuple[list[Variant], Path, Reference]:
+    """Variants, where their results go, and what they are compared with."""
+    what = args.what or args.ckpt
+    path, checkpoint = open_checkpoint(what)
+    sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise)
+    variants = variants_of(path, checkpoint, file_sha256(path), args.ema, steps, sampling, processes.device)
+    run = what if what.is_dir() else path.parent.parent
+    out = RunFolder(run).eval if RunFolder(run).config_file.exists() else Path("eval-results")
+    if args.ref is not None:
+        return variants, out, _reference(args, processes)
+    config = config_from_tree(checkpoint.meta["config"], str(path))
+    on_main(processes, lambda: training_images(config, not args.offline) and None)
+    return variants, out, training_images(config, not args.offline)
+
+
+def _make_ref(argv: list[str]) -> int:
+    out = argparse.ArgumentParser("python -m eval.fid make-ref")
     out.add_argument("--ref", required=True, help=f"{', '.join(NAMED)}, or images")
     out.add_argument("--out", type=Path, required=True, help="the npz to write")
     _common(out)
     args = out.parse_args(argv)
-    extractor = _extractor(args, ("fid",))
-    reference = processes_open(args.ref, args, processes)
-    check_reference(reference, ("fid",), extractor, None, 0)
+    processes = _processes(args)
+    extractor = _extractor(args, ("fid",), processes)
+    reference = _reference(args, processes)
+    check_reference(reference, ("fid",), extractor, None, MetricOptions())
     work = args.cache / "work"
     prepared = prepare(reference, ("fid",), extractor, args.cache, work, processes, "reference")
     if prepared is not None:
@@ -171,10 +208,12 @@ def _make_ref(argv: list[str], processes: Processes) -> int:
     return 0
 
 
-def _selftest(argv: list[str], processes: Processes) -> int:
-    out = argparse.ArgumentParser("eval.fid selftest")
+def _selftest(argv: list[str]) -> int:
+    out = argparse.ArgumentParser("python -m eval.fid selftest")
     _common(out)
-    return selftest(out.parse_args(argv), processes)
+    args = out.parse_args(argv)
+    options = Options(torch.device("cpu"), args.weights, False, args.allow_weights)
+    return selftest(options, args.data, args.cache, _processes(args))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ def sha256_images(images: torch.Tensor) -> str:
     for block in images.split(4096):
         digest.update(block.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def default_cache() -> Path:
+    """Where features of references are kept between evaluations."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meanflow" / "references"
 
 
 def sha256_json(value: object) -> str:
@@ -79,38 +85,34 @@ def write_json(path: Path, value: dict) -> None:
 class NpzFile:
     """The arrays of an npz, read on demand and never unpickled (zip's own checksums are verified).
 
-    Raises AssetError for a file that is damaged or holds pickled objects.
+    The file is open only while something is read, so that thousands may be at hand. Raises AssetError for a file
+    that is missing, damaged or holds pickled objects.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._arrays = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise AssetError(f"{path}: no such file") from None
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise AssetError(f"{path} is not a readable npz file ({error})") from None
-        if isinstance(self._arrays, np.ndarray):
-            raise AssetError(f"{path} is a bare array: save it with numpy.savez")
+        with self._opened() as arrays:
+            self.names = sorted(arrays.files)
 
-    @property
-    def names(self) -> list[str]:
-        return sorted(self._arrays.files)
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                if not hasattr(arrays, "files"):
+                    raise AssetError(f"{self.path} is a bare array: save it with numpy.savez")
+                yield arrays
+        except FileNotFoundError:
+            raise AssetError(f"{self.path}: no such file") from None
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            reason = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else error
+            raise AssetError(f"{self.path} is not a readable npz file: {reason}") from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._arrays.files
+        return name in self.names
 
     def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            return self._arrays[name]
-        except ValueError as error:
-            if "allow_pickle" in str(error):
-                raise AssetError(
-                    f"{self.path}: {name!r} holds pickled objects, which are never loaded: save plain arrays"
-                ) from None
-            raise AssetError(f"{self.path}: {name!r} is damaged ({error})") from None
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise AssetError(f"{self.path}: {name!r} is damaged ({error})") from None
+        with self._opened() as arrays:
+            return arrays[name]
 
 
 def load_tensors(path: Path, classes: tuple = ()) -> object:

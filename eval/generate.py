@@ -1,5 +1,6 @@
 """From a checkpoint to images: sample k depends on (seed, k) alone."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
     newest = load_newest(RunFolder(what).checkpoints)
     if newest is None:
         raise AssetError(f"{what}: has no checkpoint yet; train first")
-    path, checkpoint, _ = newest
+    path, checkpoint, complaints = newest
+    for complaint in complaints:
+        print(f"warning: {complaint}; using {path.name}", file=sys.stderr)
     return path, checkpoint
 
 

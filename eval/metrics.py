@@ -53,11 +53,8 @@ class MetricOptions:
 
 
 def frechet(fake: Statistics, real: Statistics) -> float:
-    """The Fréchet distance. Raises NumericsError if it is not a finite number."""
-    value = fid_statistics_to_metric(fake.as_dict(), real.as_dict(), verbose=False)[KEY_METRIC_FID]
-    if not np.isfinite(value):
-        raise NumericsError("the Fréchet distance is not finite: the statistics are unusable")
-    return value
+    """The Fréchet distance."""
+    return fid_statistics_to_metric(fake.as_dict(), real.as_dict(), verbose=False)[KEY_METRIC_FID]
 
 
 def compute(
@@ -71,6 +68,7 @@ def compute(
     """The chosen `metrics` of generated `features` {layer: (N, D)}, under the names `extractor.label` gives.
 
     `reference_statistics` is needed for fid; `reference_features` {metric: (M, D)} for kid and prc.
+    Raises NumericsError for a metric that is not a finite number.
     """
     layer = extractor.layers
     out: dict[str, float] = {}
@@ -101,6 +99,9 @@ def compute(
         out[extractor.label("precision")] = found[KEY_METRIC_PRECISION]
         out[extractor.label("recall")] = found[KEY_METRIC_RECALL]
         out[extractor.label("f_score")] = found[KEY_METRIC_F_SCORE]
+    broken = [name for name, value in out.items() if not np.isfinite(value)]
+    if broken:
+        raise NumericsError(f"{', '.join(broken)} is not a finite number: the features or statistics are unusable")
     return out
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.training.metrics import read_metrics
 from meanflow.training.run_folder import RunFolder
 
 COLOURS = ("#1f5fa8", "#d1603d", "#3c8d5a", "#7a4fa3", "#b8860b", "#4d4d4d")
+MARKERS = "os^Dvx*"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
     scores = {run: read_scores(run) for run in runs}
     panels = [panel for panel in PANELS if any(np.isfinite(table[panel.key]).any() for table in tables.values())]
     metrics = list(dict.fromkeys(point["metric"] for points in scores.values() for point in points))
+    if not panels:
+        raise AssetError(f"{', '.join(str(run.path) for run in runs)}: metrics.jsonl has steps but no metrics")
     count = len(panels) + len(metrics)
     columns = 3 if count <= 9 else 4
     rows = -(-count // columns)
@@ -71,6 +77,8 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
         for colour, run in zip(_colours(runs), runs, strict=True):
             _curve(axis, tables[run], x, panel, colour, smooth, _name(run, runs))
         _dress(axis, panel.title, x, panel.unit, panel.log)
+        if not panel.log:
+            axis.set_ylim(bottom=0)
     for axis, metric in zip(axes[len(panels) :], metrics, strict=False):
         _score_panel(axis, metric, runs, scores, tables, x)
     for axis in axes[count:]:
@@ -80,7 +88,7 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, title=note)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=110)
+        figure.savefig(out, dpi=110, format=out.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise AssetError(f"{out}: cannot be written ({error})") from error
     finally:
@@ -92,7 +100,11 @@ def _columns(run: RunFolder) -> dict[str, np.ndarray]:
     if not lines:
         raise AssetError(f"{run.path}: has no metrics.jsonl with steps in it; is it a run folder?")
     keys = ("step", "images", "seconds", *(panel.key for panel in PANELS))
-    return {key: np.array([np.nan if line.get(key) is None else line[key] for line in lines], float) for key in keys}
+    try:
+        rows = [[math.nan if line.get(key) is None else float(line[key]) for key in keys] for line in lines]
+    except (TypeError, ValueError) as error:
+        raise AssetError(f"{run.metrics_file}: is not a metrics file of ours ({error})") from error
+    return dict(zip(keys, np.array(rows).T, strict=True))
 
 
 def _name(run: RunFolder, runs: list[RunFolder]) -> str:
@@ -114,7 +126,9 @@ def _curve(axis, table: dict[str, np.ndarray], x: str, panel: Panel, colour: str
         axis.plot(xs, running_mean(ys, width), color=colour, linewidth=1.6, label=name)
         low, high = np.percentile(ys, [0.2, 99.8])  # one outlier must not flatten the curve
         if high > low and not panel.log:
-            axis.set_ylim(min(0, low), max(high * 1.08, axis.get_ylim()[1] if axis.has_data() and len(axis.lines) > 2 else 0))
+            axis.set_ylim(
+                min(0, low), max(high * 1.08, axis.get_ylim()[1] if axis.has_data() and len(axis.lines) > 2 else 0)
+            )
     else:
         axis.plot(xs, ys, color=colour, linewidth=1.2, marker="o" if len(ys) < 20 else "", label=name)
 
@@ -131,9 +145,11 @@ def _dress(axis, title: str, x: str, unit: str, log: bool) -> None:
     axis.set_title(title, fontsize=9)
     axis.set_xlabel({"step": "step", "images": "images seen", "seconds": "seconds of training"}[x], fontsize=8)
     axis.set_ylabel(unit, fontsize=8)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(which="both", labelsize=8)
     if log:
         axis.set_yscale("log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(1.5, 0.5)))  # 40, 60, 100 rather than powers of ten
     axis.grid(alpha=0.25, which="both" if log else "major", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -148,9 +164,9 @@ def read_scores(run: RunFolder) -> list[dict[str, Any]]:
                 continue
             protocol = result["protocol"]
             shared = {"step": result["subject"]["step"], "n": protocol["n"], "comparable": result["comparable"]}
-            shared["label"] = f"NFE {protocol['steps']}, EMA {protocol['ema']}, N {protocol['n']:,}"
+            shared["label"] = f"NFE {protocol['nfe']}, EMA {protocol['ema']}, N {protocol['n']:,}"
             points += [{"metric": name, "value": value, **shared} for name, value in result["metrics"].items()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AssetError(f"{path}: is not a result of eval.fid ({error}); move it away") from error
     return points
 
@@ -158,7 +174,7 @@ def read_scores(run: RunFolder) -> list[dict[str, Any]]:
 def _score_panel(axis, metric: str, runs: list[RunFolder], scores: dict, tables: dict, x: str) -> None:
     for colour, run in zip(_colours(runs), runs, strict=True):
         points = [point for point in scores[run] if point["metric"] == metric]
-        for marker, label in zip("os^Dvx*", dict.fromkeys(point["label"] for point in points), strict=False):
+        for marker, label in zip(cycle(MARKERS), dict.fromkeys(point["label"] for point in points), strict=False):
             chosen = sorted((p["step"], p["value"]) for p in points if p["label"] == label)
             xs = np.interp([step for step, _ in chosen], tables[run]["step"], tables[run][x])
             name = label if len(runs) == 1 else f"{_name(run, runs)}: {label}"

@@ -6,6 +6,7 @@ A result is JSON: `schema` (the layout's version), `status` ("complete" or "inco
 """
 
 import datetime
+import json
 import platform
 import shutil
 import sys
@@ -51,7 +52,7 @@ class Request:
     batch: int
     out: Path
     cache: Path
-    resume: bool
+    resume: str  # "fresh", "continue" (refused if only other evaluations lie unfinished) or "reuse" (results too)
 
 
 def protocol(request: Request, variant: Variant) -> dict:
@@ -101,17 +102,17 @@ def flat(value: object, prefix: str = "") -> dict[str, object]:
     return out
 
 
-def open_work(root: Path, wanted: dict, resume: bool) -> Path:
+def open_work(root: Path, wanted: dict, resume: str) -> Path:
     """The folder for the pieces of an evaluation with the settings `wanted`, under `root`.
 
-    Its name is the settings' hash. With `resume` it may hold pieces already; without, it starts empty. Raises
-    UserError if `resume` is asked for and only evaluations with other settings lie unfinished there.
+    Its name is the settings' hash. It may hold pieces already, unless `resume` is "fresh". Raises UserError if that
+    is "continue" and only evaluations with other settings lie unfinished there.
     """
     folder = root / sha256_json(wanted)[:16]
     unfinished = sorted(root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
-    if folder.exists() and not resume:
+    if folder.exists() and resume == "fresh":
         shutil.rmtree(folder)
-    elif resume and unfinished and not folder.exists():
+    elif resume == "continue" and unfinished and not folder.exists():
         other, mine = flat(read_json(unfinished[-1])), flat(wanted)
         differing = sorted(k for k in {*other, *mine} if other.get(k) != mine.get(k))
         key = differing[0]
@@ -123,6 +124,15 @@ def open_work(root: Path, wanted: dict, resume: bool) -> Path:
     if not (folder / "settings.json").exists():
         write_json(folder / "settings.json", wanted)
     return folder
+
+
+def stands(path: Path, wanted: dict) -> dict | None:
+    """The complete result at `path` if it was made under the protocol `wanted`."""
+    if not path.exists():
+        return None
+    found = read_json(path)
+    same = found.get("status") == "complete" and found.get("protocol") == json.loads(json.dumps(wanted))
+    return found if same else None
 
 
 def result(

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from eval.extractors import Extractor
 from eval.files import NpzFile, load_tensors, numpy_classes, sha256_file
-from eval.metrics import Statistics
+from eval.metrics import MetricOptions, Statistics
 from eval.sources import ImagesSource, images_from_array, read_images
 from meanflow.data import DataConfig, load_dataset
 from meanflow.errors import AssetError, NumericsError, UserError
@@ -141,7 +141,7 @@ def check_reference(
     metrics: tuple[str, ...],
     extractor: Extractor,
     shape: tuple[int, int, int] | None,
-    kid_subset_size: int,
+    options: MetricOptions,
 ) -> list[str]:
     """Preflight: can `reference` serve `metrics` for samples of `shape` (C, H, W; None: no samples)?
 
@@ -161,13 +161,13 @@ def check_reference(
                 f"samples are {size_words(shape)} and the images of {reference.spec} are "
                 f"{size_words(reference.images.shape)}: bring them to one size first"
             )
-        if "kid" in metrics and reference.images.n < kid_subset_size:
-            raise UserError(
-                f"{reference.spec} has {reference.images.n} images and KID draws {kid_subset_size} of them: "
-                "lower --kid-subset-size"
-            )
-        if reference.images.n < 2:
-            raise UserError(f"{reference.spec} has one image: a covariance needs two or more")
+        least = {"kid": options.kid_subset_size, "prc": options.prc_neighborhood + 1}
+        for metric in metrics:
+            if metric != "isc" and reference.images.n < least.get(metric, 2):
+                raise UserError(
+                    f"{reference.spec} has {reference.images.n} image(s) and {metric} needs {least.get(metric, 2)} "
+                    f"or more{': lower --kid-subset-size' if metric == 'kid' else ''}"
+                )
     return _check_statistics(reference, extractor, shape) if "fid" in metrics else []
 
 

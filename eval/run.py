@@ -3,49 +3,116 @@
 import argparse
 import warnings
 from pathlib import Path
+from typing import Any
 
-from eval.generate import load_model
-from meanflow.errors import UserError, run_main
+from eval.generate import Model, generate, load_model, to_uint8
+from eval.plot import plot
+from eval.sample import class_labels, write
+from eval.score import ScoreDuring, floor, preflight, score_run
+from meanflow.errors import run_main
 from meanflow.training.config import RunConfig, config_to_yaml, load_config
 from meanflow.training.distributed import Processes, start_processes, stop_processes
 from meanflow.training.estimate import estimate
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 
+SLOW_ON_CPU = 64  # network width from which a CPU run is a matter of weeks
+FLOOR_UP_TO = 1024  # pixels; the distance between halves of large images costs as much as a score
 
-def main(argv: list[str] | None = None) -> int:
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
     parser.add_argument("recipe", type=Path, help="a YAML of recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
     parser.add_argument("--out", type=Path, help="run folder (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters, memory and speed, and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     config = load_config(args.recipe, args.set)
     run = RunFolder(args.out or Path("runs") / args.recipe.stem)
     processes = start_processes(args.device)
     try:
         if args.dry_run:
-            print(config_to_yaml(config), estimate(config, processes), sep="\n")
+            report = estimate(config, processes)
+            if processes.is_main:
+                print(config_to_yaml(config), report, sep="\n")
             return 0
-        return _job(config, run, processes)
+        return job(config, run, processes)
     finally:
         stop_processes()
 
 
-def _job(config: RunConfig, run: RunFolder, processes: Processes) -> int:
+def job(config: RunConfig, run: RunFolder, processes: Processes) -> int:
+    """Train (or continue), then write samples.png, eval/*.json and curves.png; the exit code."""
+    say = print if processes.is_main else (lambda line: None)
     lock = run.lock() if processes.is_main else None
     try:
         if processes.is_main:
             changed = run.open_for(config)
             run.note_start(processes=processes.world, changed={key: list(pair) for key, pair in changed.items()})
-        if processes.device.type == "cpu" and config.model.width >= 64 and processes.is_main:
-            print("warning: no GPU is in use; this network trains very slowly on a CPU (--dry-run estimates how long)")
-        code = train(config, run, processes)
+            _warn(config, processes)
+        code = train(config, run, processes, say, ScoreDuring(say))
+        if code:
+            return code
+        if processes.is_main:
+            _sample(config, run, processes)
+        try:
+            results = score_run(run, config, processes, say=lambda table: None)
+        finally:  # curves are worth having where a score is not to be had
+            if processes.is_main:
+                plot([run], run.curves)
+        if processes.is_main:
+            print(closing_table(config, run, results))
+        return 0
     finally:
         if lock:
             lock.close()
-    return code
+
+
+def _warn(config: RunConfig, processes: Processes) -> None:
+    """What is better known before a long run than after."""
+    if processes.device.type == "cpu" and config.model.width >= SLOW_ON_CPU:
+        print("warning: no GPU is used, and on a CPU this network trains very slowly; --dry-run estimates how long")
+    for warning in preflight(config):
+        print(f"warning: {warning}")
+
+
+def _sample(config: RunConfig, run: RunFolder, processes: Processes) -> None:
+    """The grid that the recipe asks for, as samples.png."""
+    model: Model = load_model(run.path, None, processes.device)
+    labels = class_labels(model, config.sample.count, None)
+    images = generate(model, 0, config.sample.count, config.sample.steps, config.sample.seed, labels)
+    write(to_uint8(images).cpu(), run.path / "samples.png", config.sample.columns)
+
+
+def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any]]) -> str:
+    """Scores by NFE, the floor where it is cheap, and where the files are."""
+    cells = [("distance", "value", "samples")]
+    for result in results:
+        for name, value in result["metrics"].items():
+            protocol = result["protocol"]
+            note = "" if result["comparable"] or name.startswith("fd-") else " (not comparable)"
+            cells.append((f"{protocol['nfe']}-NFE {name}{note}", f"{value:.3f}", f"{protocol['n']:,}"))
+    if config.model.image_size**2 * config.model.channels <= FLOOR_UP_TO:
+        cells.append(("floor: two halves of the real images", f"{floor(config):.3f}", ""))
+    width = max(len(row[0]) for row in cells)
+    lines = [f"{name:<{width}}  {value:>9}  {count:>9}".rstrip() for name, value, count in cells]
+    files = [f"{label:<8}  {path}" for label, path in _files(run).items()]
+    return "\n".join(["", *lines, "", *files])
+
+
+def _files(run: RunFolder) -> dict[str, Path]:
+    return {
+        "samples": run.path / "samples.png",
+        "curves": run.curves,
+        "scores": run.eval,
+        "metrics": run.metrics_file,
+        "weights": run.checkpoints,
+    }
 
 
 if __name__ == "__main__":

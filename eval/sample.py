@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.generate import Model, generate, load_model, to_uint8
 from meanflow.errors import AssetError, UserError, run_main
+from meanflow.progress import progress
 from meanflow.training.run_folder import RunFolder
 
 
@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(args.what, args.ema, device)
-    labels = _labels(model, args)
+    labels = class_labels(model, args.n, args.label)
     out = args.out or _default_out(args, model)
     chunks = []
-    for start in tqdm(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
+    for start in progress(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
         stop = min(start + args.batch, args.n)
         chosen = None if labels is None else labels[start:stop]
         chunks.append(to_uint8(generate(model, start, stop, args.steps, args.seed, chosen), args.quantise).cpu())
@@ -49,7 +49,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be ≥ 1, got {value}")
+    if args.out is not None:
+        _check_out(args.out)
     return args
+
+
+def _check_out(out: Path) -> None:
+    """Before an hour of sampling rather than after."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise UserError(f"--out {out}: give FILE.png, FILE.npz or a folder")
+    if out.is_dir() and (out.suffix or any(out.iterdir())):
+        raise UserError(f"--out {out}: is a folder with something in it; name a new one")
 
 
 def _default_out(args: argparse.Namespace, model: Model) -> Path:
@@ -57,17 +67,18 @@ def _default_out(args: argparse.Namespace, model: Model) -> Path:
     return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}.png"
 
 
-def _labels(model: Model, args: argparse.Namespace) -> Tensor | None:
+def class_labels(model: Model, n: int, label: int | None) -> Tensor | None:
+    """(n,) int64: `label`, or each class in turn; None if unconditional. Raises UserError for a class not there."""
     classes = model.config.model.classes
     if not classes:
-        if args.label is not None:
-            raise UserError(f"{args.what} is unconditional: it knows no --label")
+        if label is not None:
+            raise UserError(f"{model.path}: is unconditional, it knows no --label")
         return None
-    if args.label is None:
-        return torch.arange(args.n) % classes
-    if not 0 <= args.label < classes:
-        raise UserError(f"--label must be in 0 … {classes - 1}, got {args.label}")
-    return torch.full((args.n,), args.label)
+    if label is None:
+        return torch.arange(n) % classes
+    if not 0 <= label < classes:
+        raise UserError(f"--label must be in 0 … {classes - 1}, got {label}")
+    return torch.full((n,), label)
 
 
 def write(images: Tensor, out: Path, columns: int | None = None) -> None:
@@ -78,8 +89,6 @@ def write(images: Tensor, out: Path, columns: int | None = None) -> None:
             grid(images, columns).save(out)
         elif out.suffix == ".npz":
             np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
-        elif out.suffix:
-            raise UserError(f"--out {out}: give FILE.png, FILE.npz or a folder")
         else:
             out.mkdir(exist_ok=True)
             for k, image in enumerate(images):

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 from eval.evaluate import evaluate
-from eval.extractors import INCEPTION, Extractor, Options, create, inception_weights_path
+from eval.extractors import Extractor, Options, create, exact_float32, prefetch
 from eval.files import default_cache, read_json, write_json
 from eval.generate import open_checkpoint
 from eval.metrics import MetricOptions, Statistics, frechet
-from eval.protocol import Request, Variant, table
+from eval.processes import on_main
+from eval.protocol import Request, table
 from eval.references import Reference, check_reference, open_reference, reference_of_images
 from eval.subjects import Sampling, variants_of
 from meanflow.data import load_dataset
+from meanflow.errors import AssetError, UserError
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
 from meanflow.training.config import RunConfig
@@ -25,28 +27,163 @@ from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
 
 METRICS = ("fid",)
+SEED = 0
 BEST = "best.pt"
+Say = Callable[[str], None]
 
 
-def score_run(
-    run: RunFolder, config: RunConfig, processes: Processes, say: Callable[[str], None] = print
-) -> list[dict]:
-    """Score the newest checkpoint with the recipe's EMA at each of `config.eval.steps`; the results.
+def preflight(config: RunConfig) -> list[str]:
+    """Before training: can this run be scored? Fetches the extractor's weights if they are not here.
+
+    Returns warnings: training does not need a score. Raises UserError for settings that can never work.
+    """
+    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    try:
+        extractor = _extractor(config, torch.device("cpu"))
+    except AssetError as error:
+        return [f"this run can be trained but not scored: {error}"]
+    extractor.check_image(shape, "this recipe")
+    if config.eval.reference is None:
+        return []
+    reference = open_reference(config.eval.reference, Path(config.data.root), allow_download=True)
+    return check_reference(reference, METRICS, extractor, shape, MetricOptions())
+
+
+def score_run(run: RunFolder, config: RunConfig, processes: Processes, say: Say = print) -> list[dict]:
+    """Score the newest checkpoint with the recipe's EMA at each of `config.eval.steps`; the results (main process).
 
     They are written to RUN/eval/*.json and shown as a table. What an interrupted call has done is used, and
     results that stand there already are not made again. Raises what `eval.evaluate.evaluate` raises.
     """
     path, checkpoint = open_checkpoint(run.path)
-    variants = variants_of(
-        path,
-        checkpoint,
-        file_sha256(path),
-        repr(config.ema.eval),
-        config.eval.steps,
-        Sampling(config.eval.samples, 0, "random", "round"),
-        processes.device,
-    )
-    results = evaluate(_request(run, config, processes), variants, processes)
-    if processes.is_main:
-        say(table(results))
+    sampling = Sampling(config.eval.samples, SEED, "random", "round")
+    variants = variants_of(path, checkpoint, file_sha256(path), None, config.eval.steps, sampling, processes.device)
+    extractor = _extractor_for_all(config, processes)
+    results = evaluate(_request(run, config, extractor, _reference(config, processes)), variants, processes)
+    if results is None:
+        return []
+    say(table(results))
     return results
+
+
+class ScoreDuring:
+    """The hook of `meanflow.training.loop.train`: scores every EMA at every `eval.steps`, and keeps the best.
+
+    The course of training does not change: the network is not touched (copies are scored), and random states and
+    arithmetic switches are put back. The best checkpoint, by the recipe's EMA at the first of `eval.steps`, is
+    kept as checkpoints/best.pt.
+    """
+
+    def __init__(self, say: Say = print):
+        self._say = say
+        self._reference: Reference | None = None
+
+    def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, processes: Processes) -> None:
+        say = self._say if processes.is_main else lambda line: None
+        with _undisturbed(processes.device):
+            try:
+                extractor = _extractor_for_all(config, processes)
+            except AssetError as error:
+                say(f"warning: step {state.step:,} is not scored: {error}")
+                return
+            self._reference = self._reference or _reference(config, processes)
+            path = checkpoint_path(run.checkpoints, state.step)
+            meta = read_json(path.with_suffix(".json"))
+            averages = {repr(decay): average for decay, average in state.ema.averages.items()}
+            sampling = Sampling(config.eval.every_samples, SEED, "random", "round")
+            variants = variants_of(
+                path,
+                Checkpoint({}, averages, {}, meta),
+                meta["sha256"],
+                "all",
+                config.eval.steps,
+                sampling,
+                processes.device,
+            )
+            request = _request(run, config, extractor, self._reference)
+            results = evaluate(request, variants, processes, progress=False)
+        if results is not None:
+            say(table(results))
+            keep_best(path, results, extractor.label("fid"), repr(config.ema.eval), config.eval.steps[0])
+
+
+def keep_best(path: Path, results: list[dict], metric: str, ema: str, nfe: int) -> bool:
+    """Keep checkpoint `path` as best.pt beside it if its `metric` for (ema, nfe) is the lowest yet at this N."""
+    how = {"ema": ema, "nfe": nfe}
+    found = next(r for r in results if all(r["protocol"][key] == value for key, value in how.items()))
+    score = {"metric": metric, "n": found["protocol"]["n"], **how}
+    value, best = found["metrics"][metric], path.with_name(BEST)
+    if best.exists() and best.with_suffix(".json").exists():
+        before = read_json(best.with_suffix(".json")).get("best", {})
+        comparable = all(before.get(key) == value for key, value in score.items())
+        if comparable and before["value"] <= value:
+            return False
+    temporary = best.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)  # the same file under a second name: no space, no time
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, best)
+    write_json(best.with_suffix(".json"), {**read_json(path.with_suffix(".json")), "best": {**score, "value": value}})
+    return True
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Random states as before afterwards, and the device's memory given back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def floor(config: RunConfig) -> float:
+    """The distance between two random halves of the reference images: what a perfect generator would score.
+
+    For small extractors such as pixels. Raises UserError if the reference is statistics without images.
+    """
+    alone = Processes(0, 1, torch.device("cpu"))
+    extractor = _extractor(config, alone.device)
+    source = _reference(config, alone).images
+    if source is None:
+        raise UserError(f"eval.reference {config.eval.reference} has no images to halve")
+    order = torch.randperm(source.n, generator=generator(SEED, "floor"))
+    images = source.images(0, source.n)
+    halves = (order[: source.n // 2], order[source.n // 2 :])
+    with exact_float32():
+        features = [extractor.extract(images[half])[extractor.layers["fid"]] for half in halves]
+    return frechet(*(Statistics.of(feature) for feature in features))
+
+
+def _extractor(config: RunConfig, device: torch.device) -> Extractor:
+    return create(config.eval.extractor, Options(device, allow_download=True), METRICS)
+
+
+def _extractor_for_all(config: RunConfig, processes: Processes) -> Extractor:
+    """The main process downloads what is missing before the others look."""
+    options = Options(processes.device, allow_download=True)
+    on_main(processes, lambda: prefetch(config.eval.extractor, options))
+    return create(config.eval.extractor, options, METRICS)
+
+
+def _reference(config: RunConfig, processes: Processes) -> Reference:
+    if config.eval.reference is not None:
+        return open_reference(config.eval.reference, Path(config.data.root), allow_download=True)
+    return training_images(config)
+
+
+def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
+    """The run's own training images, as they are: not flipped, not augmented.
+
+    Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded).
+    """
+    if config.data.path is None and config.data.source == "cifar10" and not allow_download:
+        return open_reference(f"cifar10-{config.data.split}", Path(config.data.root), allow_download)
+    images = load_dataset(config.data, config.model.image_size, config.model.channels).images
+    return reference_of_images(images, config.data.path or f"{config.data.source}-{config.data.split}")
+
+
+def _request(run: RunFolder, config: RunConfig, extractor: Extractor, reference: Reference) -> Request:
+    cache = default_cache()
+    return Request(METRICS, extractor, reference, MetricOptions(), config.eval.batch, run.eval, cache, resume="reuse")

@@ -4,14 +4,14 @@ torch-fidelity publishes an Inception Score of 11.2368 for the 50,000 training i
 reference: weights, resizing, arithmetic and metric must all be right to meet it.
 """
 
-import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from eval.extractors import Options, create
+from eval.extractors import INCEPTION, Options, create
 from eval.metrics import MetricOptions, compute
 from eval.prepare import prepare
 from eval.processes import gather
@@ -23,24 +23,23 @@ PUBLISHED_IS, TOLERANCE = 11.2368, 0.01
 METRICS = ("isc", "fid")
 
 
-def selftest(args: argparse.Namespace, processes: Processes) -> int:
+def selftest(options: Options, data: Path, cache: Path, processes: Processes) -> int:
     """Print the Inception Score of CIFAR-10's training set, and its FID against the test set.
 
-    Nothing is downloaded: without weights or data it says "skipped" and returns 3. Raises NumericsError if
-    the score is not the published one.
+    Nothing is downloaded: without weights or without CIFAR-10 in `data` it says "skipped" and returns 3. Raises
+    NumericsError if the score is not the published one.
     """
     try:
-        options = Options(pick_device(args.device), args.weights, False, args.allow_weights)
-        extractor = create("inception-v3-compat", options, METRICS)
+        extractor = create(INCEPTION, replace(options, device=processes.device, allow_download=False), METRICS)
     except AssetError as error:
         return _skip("no weights", error, processes)
-    if not (args.data / CIFAR10.filename).exists():
-        return _skip("no CIFAR-10", f"{args.data} has no {CIFAR10.filename}", processes)
-    train, test = (open_reference(name, args.data, False) for name in ("cifar10-train", "cifar10-test"))
+    if not (data / CIFAR10.filename).exists():
+        return _skip("no CIFAR-10", f"{data} has no {CIFAR10.filename}", processes)
+    train, test = (open_reference(name, data, False) for name in ("cifar10-train", "cifar10-test"))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(gather(processes, scratch)[0])  # one folder for all
-        seen = prepare(train, METRICS, extractor, args.cache, work, processes, "train", keep=METRICS)
-        compared = prepare(test, ("fid",), extractor, args.cache, work, processes, "test")
+        seen = prepare(train, METRICS, extractor, cache, work, processes, "train", keep=METRICS)
+        compared = prepare(test, ("fid",), extractor, cache, work, processes, "test")
         processes.barrier()
     if seen is None or compared is None:
         return 0

@@ -77,8 +77,11 @@ def read_images(path: Path) -> ImagesSource:
         if "arr_0" not in file:
             raise UserError(f"{path} holds {', '.join(file.names) or 'nothing'} but no images (arr_0)")
         return images_from_array(file["arr_0"], str(path))
-    size, channels = _first_image(path)
-    images, _, _ = load_images(str(path), "train", size, channels, progress=True)
+    try:
+        size, channels = _first_image(path)
+        images, _, _ = load_images(str(path), "train", size, channels, progress=True)
+    except UserError as error:  # they speak of a recipe's setting, and this is none
+        raise type(error)(str(error).replace(f"data.path {path}", str(path))) from None
     return ImagesSource(images, str(path))
 
 
@@ -88,7 +91,7 @@ def _first_image(path: Path) -> tuple[int, int]:
         parts, _ = arrange(source, "train")[0]
         name = source.name(parts)
         try:
-            with Image.open(source.read(source.files[parts])) as image:
+            with Image.open(source.read(parts)) as image:
                 (width, height), mode = image.size, image.mode
         except OSError as error:
             raise AssetError(f"{name} is not an image or is broken ({error})") from None

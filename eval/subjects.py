@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.generate import WEIGHTS, Model, generate, model_of, open_checkpoint, to_uint8
+from eval.generate import WEIGHTS, Model, generate, model_of, to_uint8
 from eval.protocol import Variant
 from meanflow.errors import UserError
 from meanflow.random import generator
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.config import RunConfig
 
 BALANCED, RANDOM = "balanced", "random"
 

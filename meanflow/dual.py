@@ -246,9 +246,7 @@ def silu(input: Dual, inplace: bool = False) -> Dual:
 @rule("gelu")
 def gelu(input: Dual, approximate: str = "none") -> Dual:
     value = F.gelu(input.value, approximate=approximate)
-    return dual(
-        value, lambda: aten.gelu_backward(input.tangent, input.value[: input.rows], approximate=approximate)
-    )
+    return dual(value, lambda: aten.gelu_backward(input.tangent, input.value[: input.rows], approximate=approximate))
 
 
 @rule("dropout")

@@ -5,7 +5,9 @@ line to stderr and exit with `exit_code`. The table of codes is in the README.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_USAGE = 2
 EXIT_ASSET = 3
@@ -40,6 +42,16 @@ class IncompleteError(UserError):
     """The work is unfinished and the same command continues it. Exit code 5."""
 
     exit_code = EXIT_INCOMPLETE
+
+
+@contextmanager
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Raises AssetError, naming `path`, where the disk refuses what is done inside."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise AssetError(f"{path}: cannot be written ({reason}); mend that and run the same command again") from error
 
 
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import pickle
-import zipfile
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from meanflow.errors import AssetError
 
 FORMAT = 1
+PARTS = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write atomically. Raises AssetError, leaving every earlier checkpoint as it was, if the disk refuses."""
     path = checkpoint_path(folder, step)
     temporary, sidecar = path.with_suffix(".pt.tmp"), path.with_suffix(".json.tmp")
-    content = {"model": checkpoint.model, "ema": checkpoint.ema, "optimizer": checkpoint.optimizer}
-    content["meta"] = json.dumps(checkpoint.meta)
+    content = {part: getattr(checkpoint, part) for part in PARTS} | {"meta": json.dumps(checkpoint.meta)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         out = _HashingFile(temporary)
@@ -80,26 +81,47 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         os.replace(sidecar, path.with_suffix(".json"))
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         for leftover in (temporary, sidecar):
-            leftover.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            with suppress(OSError):  # the disk may refuse this too
+                leftover.unlink(missing_ok=True)
         raise AssetError(
-            f"{path}: the checkpoint of step {step} could not be saved ({reason}); earlier ones are intact: "
+            f"{path}: the checkpoint of step {step} could not be saved ({_reason(error)}); earlier ones are intact: "
             "free space and run the same command again"
         ) from error
     return path
 
 
+def _reason(error: BaseException) -> str:
+    """In a few words; PyTorch wraps what the disk said in lines of C++."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return (cause and cause.strerror) or next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _steps(folder: Path, suffix: str) -> set[int]:
+    """Steps that have a file of this kind; files with other names than ours are not looked at."""
+    return {int(path.stem) for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{8,}", path.stem)}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*.pt") if path.with_suffix(".json").exists())
+    return [checkpoint_path(folder, step) for step in sorted(_steps(folder, ".pt") & _steps(folder, ".json"))]
 
 
-def prune_checkpoints(folder: Path, keep: int, milestone_every: int | None) -> None:
-    """Delete all but the newest `keep` and the milestones, and what an interrupted save left."""
-    for path in list_checkpoints(folder)[:-keep]:
-        if not milestone_every or int(path.stem) % milestone_every:
-            path.with_suffix(".json").unlink()  # first: without it the checkpoint no longer counts
-            path.unlink()
+def prune_checkpoints(folder: Path, step: int, keep: int, milestone_every: int | None) -> None:
+    """Once `step` is saved: delete all but the newest `keep` and the milestones, and what an interrupted save left.
+
+    Later ones are damaged, or the run would have continued from them: they are set aside as *.damaged.
+    """
+    earlier = [int(path.stem) for path in list_checkpoints(folder) if int(path.stem) <= step]
+    kept = {s for s in earlier if milestone_every and s % milestone_every == 0} | set(earlier[-keep:])
+    for other in (_steps(folder, ".pt") | _steps(folder, ".json")) - kept:
+        path = checkpoint_path(folder, other)
+        for file in (path.with_suffix(".json"), path):  # in this order: without its JSON it no longer counts
+            if other < step:
+                file.unlink(missing_ok=True)
+            elif file.exists():
+                file.rename(f"{file}.damaged")
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
 
@@ -109,23 +131,41 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Never runs code from the file. Raises AssetError naming the file if it is missing, damaged or of another kind.
     """
-    sidecar = path.with_suffix(".json")
     try:
-        if sidecar.exists():
-            expected = json.loads(sidecar.read_text(encoding="utf-8"))["sha256"]
-            if file_sha256(path) != expected:
-                raise AssetError(f"{path}: is damaged (its checksum differs from the one in {sidecar.name})")
+        _compare_checksum(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except AssetError:
+        raise
+    except FileNotFoundError as error:
+        raise AssetError(f"{path}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:  # PyTorch's own text advises to load it unsafely
+        raise AssetError(f"{path}: cannot be read as a checkpoint (it is not a file of tensors alone)") from error
+    except Exception as error:  # a damaged file raises nearly anything in PyTorch's reader
+        raise AssetError(f"{path}: cannot be read as a checkpoint ({_reason(error)})") from error
+    try:
+        if not isinstance(content, dict):
+            raise TypeError
         meta = json.loads(content["meta"])
         if meta["format"] != FORMAT:
             raise AssetError(f"{path}: has checkpoint format {meta['format']}, this version reads {FORMAT}")
-        return Checkpoint(content["model"], content["ema"], content["optimizer"], meta)
-    except FileNotFoundError as error:
-        raise AssetError(f"{path}: no such checkpoint") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
-        raise AssetError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise AssetError(f"{path}: is not a checkpoint of this project (no {error})") from error
+        parts = [content[part] for part in PARTS]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError
+        return Checkpoint(*parts, meta)
+    except (LookupError, TypeError, ValueError) as error:
+        raise AssetError(f"{path}: is not a checkpoint of this project") from error
+
+
+def _compare_checksum(path: Path) -> None:
+    sidecar = path.with_suffix(".json")
+    if not sidecar.exists():
+        return
+    try:
+        expected = json.loads(sidecar.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AssetError(f"{sidecar}: is damaged, so {path.name} cannot be checked") from error
+    if file_sha256(path) != expected:
+        raise AssetError(f"{path}: is damaged (its checksum differs from the one in {sidecar.name})")
 
 
 def load_newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
@@ -134,10 +174,13 @@ def load_newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
     Raises AssetError if there are some and all are damaged: starting anew silently would bury the run.
     """
     complaints: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for step in sorted(_steps(folder, ".pt") | _steps(folder, ".json"), reverse=True):
+        path = checkpoint_path(folder, step)
         try:
+            if not path.with_suffix(".json").exists():
+                raise AssetError(f"{path}: is incomplete (its JSON is missing)")
             return path, load_checkpoint(path), complaints
-        except AssetError as error:  # noqa: PERF203 - a handful of files
+        except AssetError as error:
             complaints.append(str(error))
     if complaints:
         raise AssetError(f"no intact checkpoint in {folder}: {'; '.join(complaints)}. To start anew, remove the run")

@@ -77,7 +77,7 @@ class TrainConfig:
     microbatch: int | None  # images at once on one device (null: all of its share); the rest by accumulation
     steps: int
     precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast)
-    compile: bool
+    compile: bool  # torch.compile of the network; needs loss.jvp: func
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
 
     def __post_init__(self):
@@ -168,6 +168,8 @@ class RunConfig:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if self.train.compile and self.loss.jvp == "dual":
+            raise ValueError("train.compile: torch.compile cannot trace dual numbers; set loss.jvp to func with it")
         if self.model.augment_labels != self.data.augment_labels:
             raise ValueError(
                 f"model.augment_labels is {self.model.augment_labels}, but data.augment_p and data.flip give "

@@ -35,6 +35,10 @@ class Processes:
             dist.all_reduce(x)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; every process must ask."""
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

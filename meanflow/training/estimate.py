@@ -4,9 +4,9 @@ import time
 
 import torch
 
-from meanflow.random import generator
 from meanflow.data import augment
 from meanflow.objective import interval_first
+from meanflow.random import generator
 from meanflow.times import sample_times
 from meanflow.training.batches import MicroBatch, split_batch
 from meanflow.training.config import RunConfig

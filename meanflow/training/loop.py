@@ -6,17 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from meanflow.data import Dataset, load_dataset
 from meanflow.errors import ConfigError, NumericsError
+from meanflow.progress import progress
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
-from meanflow.training.config import RunConfig
+from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.distributed import GradientSum, Processes
 from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
 from meanflow.training.run_folder import RunFolder
-from meanflow.training.signals import StopRequest
+from meanflow.training.signals import EXIT_TERMINATED, StopRequest
 from meanflow.training.state import TrainState, fresh_state, learning_rate, restore, to_checkpoint
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
@@ -37,7 +36,7 @@ def train(
     dataset = load_dataset_once(config, processes)
     data = describe(dataset)
     state = fresh_state(config, processes.device)
-    resume(state, run, data, say)
+    resume(state, config, run, data, say)
     stream = BatchStream(dataset, config, processes)
     loss = make_loss(state.network, config, processes.device)
     gradients = GradientSum(state.network, processes)
@@ -47,7 +46,7 @@ def train(
     log = MetricsLog(run.metrics_file, processes, config.logging.flush_every, state.seconds, writer)
     state.network.train()
     total, quiet = config.train.steps, not processes.is_main
-    bar = tqdm(total=total, initial=state.step, unit="step", disable=quiet, dynamic_ncols=True)
+    bar = progress(total=total, initial=state.step, unit="step", disable=quiet)
 
     with StopRequest() as stop, bar:
         stopping = False
@@ -65,21 +64,24 @@ def train(
             last = state.step == total
             saving = last or state.step % config.checkpoint.every == 0
             evaluating = evaluate and config.eval.every and state.step % config.eval.every == 0
-            if log.due or saving or evaluating:
-                stopping = flush(log, run) or stopping
-                bar.set_postfix(error=f"{log.last['error']:.4g}", images_per_s=f"{log.last['images_per_s']:.3g}")
+            asked = stop.requested and processes.world == 1  # several must agree, as they do when the log is read
+            if log.due or saving or evaluating or asked:
+                stopping = flush(log, run) or asked
+                numbers = {key: f"{log.last[key]:.4g}" for key in ("error", "images_per_s")}
+                bar.set_postfix(numbers, refresh=False)
             if saving or evaluating or stopping:
                 state.seconds = log.seconds
                 save(run, state, config, data, log, processes)
             if evaluating and not stopping:
                 evaluate(run, config, state, processes)
                 state.network.train()
-            log.pause()
+            if saving or evaluating:
+                log.pause()
     if writer:
         writer.close()
-    if stopping and state.step < total:
+    if processes.any(stopping or stop.requested):
         say(f"stopped and saved at step {state.step:,} of {total:,}; the same command continues")
-        return stop.exit_code or 143
+        return stop.exit_code or EXIT_TERMINATED
     return 0
 
 
@@ -99,14 +101,15 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": hashlib.sha256(pixels).hexdigest()}
 
 
-def resume(state: TrainState, run: RunFolder, data: dict[str, Any], say: Say) -> None:
-    """Continue from the newest intact checkpoint, if any. Raises ConfigError if it saw other images."""
+def resume(state: TrainState, config: RunConfig, run: RunFolder, data: dict[str, Any], say: Say) -> None:
+    """Continue from the newest intact checkpoint, if any. Raises ConfigError if its run or its images were others."""
     newest = load_newest(run.checkpoints)
     if newest is None:
         return
     path, checkpoint, complaints = newest
     for complaint in complaints:
         say(f"warning: {complaint}; using the one before")
+    refuse_changed_run(config_from_tree(checkpoint.meta["config"], str(path)), config, str(run.path))
     if checkpoint.meta["data"]["sha256"] != data["sha256"]:
         raise ConfigError(
             f"{run.path}: was trained on other images ({checkpoint.meta['data']['images']:,}, now {data['images']:,}); "
@@ -136,7 +139,7 @@ def save(
     if processes.is_main:
         log.sync()
         save_checkpoint(run.checkpoints, state.step, to_checkpoint(state, config, data))
-        prune_checkpoints(run.checkpoints, config.checkpoint.keep, config.checkpoint.milestone_every)
+        prune_checkpoints(run.checkpoints, state.step, config.checkpoint.keep, config.checkpoint.milestone_every)
     processes.barrier()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanflow.errors import AssetError, NumericsError
+from meanflow.errors import NumericsError, write_errors_named
 from meanflow.training.distributed import Processes
 
 SUMS = ("loss", "error", "error_still", "still", "error_moving", "moving", "stop")
@@ -52,11 +52,8 @@ class MetricsLog:
 
     def record(self, step: int, images: int, batch: int, lr: float, sums: StepSums, grad_norm: Tensor) -> None:
         """Note step `step` (counted from 1) without waiting for the device."""
-        now = time.perf_counter()
-        elapsed, self.clock = now - self.clock, now
-        self.seconds += elapsed
-        line = {"step": step, "images": images, "lr": lr, "images_per_s": batch / max(elapsed, 1e-9)}
-        line |= {"seconds": self.seconds, "memory_mb": peak_memory_mb(self.processes.device)}
+        line = {"step": step, "images": images, "lr": lr, "batch": batch}
+        line["memory_mb"] = peak_memory_mb(self.processes.device)
         self.pending.append((line, torch.cat([sums.total, grad_norm.detach().float().view(1)])))
 
     @property
@@ -78,9 +75,8 @@ class MetricsLog:
         sums = torch.stack([vector for _, vector in self.pending])
         norms = sums[:, -1].cpu().tolist()  # already the same on every process
         sums = self.processes.all_reduce(sums).cpu().tolist()
-        lines = [
-            _line(host, row, norm) for (host, _), row, norm in zip(self.pending, sums, norms, strict=True)
-        ]
+        self._clock_steps()
+        lines = [_line(host, row, norm) for (host, _), row, norm in zip(self.pending, sums, norms, strict=True)]
         bad = next((line for line in lines if not _finite(line)), None)
         if bad:
             lines = lines[: lines.index(bad)]
@@ -93,12 +89,17 @@ class MetricsLog:
             raise NumericsError(f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}: not finite")
         return any(row[SUMS.index("stop")] > 0 for row in sums)
 
+    def _clock_steps(self) -> None:
+        """Share the time since the last reading among the pending steps: only now is the device known to be done."""
+        now = time.perf_counter()
+        elapsed, self.clock = (now - self.clock) / len(self.pending), now
+        for line, _ in self.pending:
+            self.seconds += elapsed
+            line |= {"images_per_s": line["batch"] / max(elapsed, 1e-9), "seconds": self.seconds}
+
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            raise AssetError(f"{self.path}: cannot be written: {error.strerror}; free space and run again") from error
+        with write_errors_named(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
         if self.tensorboard:
             for line in lines:
                 for name, value in line.items():
@@ -108,7 +109,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Make what was written survive a power cut, before a checkpoint relies on it."""
         if self.processes.is_main and self.path.exists():
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb") as file, write_errors_named(self.path):
                 os.fsync(file.fileno())
 
 
@@ -163,5 +164,6 @@ def rewind_metrics(path: Path, step: int) -> None:
     """Drop all lines after `step`: a run that continues from there writes them again."""
     lines = [line for line in read_metrics(path) if line["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    with write_errors_named(path):
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torchvision
 
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, write_errors_named
 from meanflow.training.config import RunConfig, changes, config_to_yaml, load_config, refuse_changed_run
 
 
@@ -43,7 +43,7 @@ class RunFolder:
             raise AssetError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.close()
             raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
         return file
@@ -56,12 +56,14 @@ class RunFolder:
             refuse_changed_run(old, config, str(self.path))
             changed = changes(old, config)
         temporary = self.config_file.with_suffix(".tmp")
-        temporary.write_text(config_to_yaml(config), encoding="utf-8")
-        os.replace(temporary, self.config_file)
+        with write_errors_named(self.config_file):
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(config_to_yaml(config), encoding="utf-8")
+            os.replace(temporary, self.config_file)
         return changed
 
     def note_start(self, **facts: Any) -> None:
-        with open(self.starts_file, "a", encoding="utf-8") as file:
+        with write_errors_named(self.starts_file), open(self.starts_file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
 
 

@@ -55,12 +55,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
         if not equals or not path.strip():
             raise ConfigError(f"--set {override}: expected key.path=value")
         *parents, last = path.strip().split(".")
-        branch, seen = tree, []
+        branch = tree
         for key in [*parents, last]:
             if not isinstance(branch, dict) or key not in branch:
-                known = [".".join([*seen, str(k)]) for k in branch] if isinstance(branch, dict) else []
-                raise ConfigError(f"--set {override}: {path} is not a setting{nearest(path, known)}")
-            seen.append(key)
+                raise ConfigError(f"--set {override}: {path} is not a setting{nearest(path, list(flatten(tree)))}")
             parent, branch = branch, branch[key]
         if isinstance(branch, dict):
             raise ConfigError(f"--set {override}: {path} is a group of settings; set one of {', '.join(branch)}")

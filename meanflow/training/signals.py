@@ -1,11 +1,13 @@
 """Being asked to stop: finish the step, save, exit with a code that says why."""
 
 import signal
+import time
 from types import FrameType
 
 from meanflow.errors import EXIT_INTERRUPTED
 
 EXIT_TERMINATED = 143
+SECOND_AFTER_S = 1.0  # torchrun passes Ctrl-C on to processes that have had it from the terminal already
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
 
 
@@ -18,6 +20,7 @@ class StopRequest:
     def __init__(self):
         self.requested = False
         self.exit_code = 0
+        self.since = 0.0
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.signal(number, self._note) for number in _CODES}
@@ -28,6 +31,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self.exit_code, self.since = True, _CODES[signal.Signals(number)], now
+        elif number == signal.SIGINT and now - self.since > SECOND_AFTER_S:
             raise KeyboardInterrupt
-        self.requested, self.exit_code = True, _CODES[signal.Signals(number)]

@@ -1,0 +1,80 @@
+"""`python -m eval.launch N RECIPE …`: eval.run by N processes of this machine, one for each GPU. `run.sh` calls it.
+
+torchrun's own agent does the work. Added are its manners: a wrong setting is one line and not one for each process,
+the exit code is the one that a single process would have ended with, and Ctrl-C leaves time to save.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from eval.run import parse
+from meanflow.errors import (
+    EXIT_ASSET,
+    EXIT_INCOMPLETE,
+    EXIT_INTERRUPTED,
+    EXIT_NUMERICS,
+    EXIT_USAGE,
+    UserError,
+    run_main,
+)
+from meanflow.training.batches import split_batch
+from meanflow.training.config import load_config
+from meanflow.training.signals import EXIT_TERMINATED
+
+SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in logging.flush_every steps
+EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_TERMINATED}
+
+
+def main(argv: list[str] | None = None) -> int:
+    count, *arguments = sys.argv[1:] if argv is None else argv
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"NPROC={count}: the number of processes must be 1 or more")
+    args = parse(arguments)
+    split_batch(load_config(args.recipe, args.set), int(count))
+    with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
+        return launch(int(count), arguments, Path(logs))
+
+
+def launch(count: int, arguments: list[str], logs: Path) -> int:
+    """Run `eval.run` with these arguments in `count` processes; the exit code.
+
+    Process 0 speaks. What the others write to stderr goes to `logs` and is shown if they are the ones that failed.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    logging.disable(logging.ERROR)  # the agent's own words on what process 0 says better
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ERR for rank in range(1, count)}),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "eval.run", *arguments)
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if codes.get(0) not in EXPLAINED:
+            for rank in codes:
+                for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):
+                    print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
+        code = codes.get(0, next(iter(codes.values())))
+        return code if code > 0 else 128 - code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,53 @@
+"""Small runs and images for the tests of evaluation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eval.fid import main
+from meanflow.errors import run_main
+from meanflow.training.checkpoint import save_checkpoint
+from meanflow.training.config import RunConfig, config_to_yaml, load_config
+from meanflow.training.run_folder import RunFolder
+from meanflow.training.state import TrainState, fresh_state, to_checkpoint
+
+DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
+
+
+def tiny_config(*overrides: str) -> RunConfig:
+    """The demo's recipe with a network of a few thousand weights."""
+    return load_config(DEMO, ["model.width=8", "ema.decays=[0.9, 0.99]", "ema.eval=0.99", *overrides])
+
+
+def tiny_run(path: Path, config: RunConfig | None = None, step: int = 7) -> tuple[RunFolder, TrainState]:
+    """A run folder whose networks are random: nothing is trained. Its two EMAs differ."""
+    config = config or tiny_config()
+    state = fresh_state(config, torch.device("cpu"))
+    state.step = step
+    generator = torch.Generator().manual_seed(1)
+    for averages in state.ema.averages.values():
+        for tensor in averages.values():
+            tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+    run = RunFolder(path)
+    data = {"images": 1797, "classes": [], "sha256": "0" * 64}
+    save_checkpoint(run.checkpoints, step, to_checkpoint(state, config, data))
+    run.config_file.write_text(config_to_yaml(config))
+    return run, state
+
+
+def grey_blobs(n: int, seed: int, size: int = 8) -> np.ndarray:
+    """uint8 (n, size, size, 1)."""
+    coarse = torch.rand(n, 1, 3, 3, generator=torch.Generator().manual_seed(seed))
+    fine = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
+    return (255 * fine).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def fid(*args: object) -> int:
+    """`python -m eval.fid ARGS`: its exit code."""
+    return run_main(main, [str(arg) for arg in args])
+
+
+def result(path: Path) -> dict:
+    return json.loads(path.read_text())

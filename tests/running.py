@@ -1,0 +1,204 @@
+"""Tiny runs for the tests, and the real entry points in processes of their own.
+
+Those processes are forked from one that has imported PyTorch and scikit-learn already: each starts in milliseconds
+instead of seconds, and can be killed like any other.
+"""
+
+import copy
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from meanflow.errors import run_main
+from meanflow.training import settings
+from meanflow.training.config import RunConfig
+from meanflow.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+CLOCK = ("images_per_s", "seconds", "memory_mb")  # of a metrics line: what two equal runs may differ in
+
+TREE: dict[str, Any] = {
+    "description": "tiny",
+    "seed": 3,
+    "model": {
+        "image_size": 8,
+        "channels": 1,
+        "width": 8,
+        "multipliers": [1],
+        "blocks": 1,
+        "attention": [],
+        "dropout": 0.0,
+        "conditioning": "t,t-r",
+        "augment_labels": 0,
+        "classes": 0,
+    },
+    "data": {"source": "digits", "root": "data", "path": None, "split": "train", "augment_p": 0.0, "flip": False},
+    "times": {
+        "sampler": "v0",
+        "distribution": "lognorm",
+        "mu": -0.4,
+        "sigma": 1.0,
+        "mu_r": None,
+        "sigma_r": None,
+        "ratio": 0.75,
+        "share": "exact",
+    },
+    "loss": {"p": 0.75, "c": 1e-3, "tangent": "(v, 0, 1)", "jvp": "dual"},
+    "optim": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 5, "clip": None},
+    "ema": {"decays": [0.9], "every": 1, "eval": 0.9},
+    "train": {
+        "batch": 8,
+        "microbatch": None,
+        "steps": 6,
+        "precision": "fp32",
+        "compile": False,
+        "deterministic": False,
+    },
+    "checkpoint": {"every": 2, "keep": 2, "milestone_every": None},
+    "logging": {"flush_every": 50, "tensorboard": False},
+    "sample": {"count": 9, "columns": 3, "steps": 1, "seed": 0},
+    "eval": {
+        "extractor": "pixels",
+        "reference": None,
+        "samples": 128,
+        "steps": [1],
+        "batch": 64,
+        "every": None,
+        "every_samples": 64,
+    },
+}
+
+
+def tiny_tree(**changes: Any) -> dict[str, Any]:
+    """The tiny run's settings with `group__key=value` changed."""
+    tree = copy.deepcopy(TREE)
+    for path, value in changes.items():
+        *groups, key = path.split("__")
+        branch = tree
+        for group in groups:
+            branch = branch[group]
+        assert key in branch, path
+        branch[key] = value
+    return tree
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    return settings.build(RunConfig, tiny_tree(**changes), "", "the test")
+
+
+def write_recipe(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(tiny_tree(**changes), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def write_images(folder: Path, count: int = 22, classes: int = 2, size: int = 8) -> Path:
+    """An image folder of smooth random RGB images, in `classes` class folders."""
+    numbers = np.random.default_rng(0)
+    for k in range(count):
+        coarse = numbers.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        (folder / f"class{k % classes}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((size, size), Image.BILINEAR).save(folder / f"class{k % classes}" / f"{k}.png")
+    return folder
+
+
+# --- processes -------------------------------------------------------------------------------------------------
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.run", "eval.sample", "eval.fid", "running"])
+
+
+class Started:
+    """One `python -m MODULE ARGUMENTS` under way."""
+
+    def __init__(self, module: str, arguments: list[str], logs: Path, **how: Any):
+        logs.mkdir(parents=True, exist_ok=True)
+        number = len(list(logs.glob("*.out")))
+        self.files = logs / f"{number}.out", logs / f"{number}.err"
+        for file in self.files:
+            file.touch()
+        arguments = [str(argument) for argument in arguments]
+        self.process = _context.Process(target=_entry, args=(module, arguments, self.files, how), daemon=True)
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 60) -> "Started":
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.out}\n{self.err}")
+        return self
+
+    @property
+    def code(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def out(self) -> str:
+        return self.files[0].read_text(encoding="utf-8")
+
+    @property
+    def err(self) -> str:
+        return self.files[1].read_text(encoding="utf-8")
+
+    @property
+    def error(self) -> str:
+        """The single line of a user's error; fails if there is more, such as a traceback."""
+        bars = re.compile(r"step/s|s/step|^$")
+        lines = [line for line in self.err.replace("\r", "\n").splitlines() if not bars.search(line)]
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+def _entry(module: str, arguments: list[str], files: tuple[Path, Path], how: dict[str, Any]) -> None:
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.update(how.get("environment", {}))
+    if limit := how.get("largest_file"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = run_main(importlib.import_module(module).main, arguments)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def start(module: str, *arguments: Any, logs: Path, **how: Any) -> Started:
+    return Started(module, list(arguments), logs, **how)
+
+
+def until(condition, seconds: float = 60) -> None:
+    """Wait for `condition()`; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def last_step(run: Path) -> int:
+    return max(steps_of(run), default=0)
+
+
+def comparable_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics file without what a clock measured. Fails on a line that is not whole."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
