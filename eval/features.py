@@ -5,7 +5,6 @@ alone. Process `rank` of `world` takes the batches with k mod world = rank, whol
 the same batch whoever runs it, and the merged features are equal to the last bit for any number of processes.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.extractors import Extractor, exact_float32
 from eval.files import NpzFile, write_npz
@@ -21,6 +19,7 @@ from eval.processes import on_main
 from eval.sources import Source
 from eval.workers import each
 from meanflow.errors import AssetError, NumericsError
+from meanflow.progress import progress_bar
 from meanflow.training.distributed import Processes
 
 
@@ -52,13 +51,12 @@ def extract_features(
         write_npz(_path(work, piece), {layer: features[layer].numpy() for layer in layers})
         return piece[1] - piece[0]
 
-    bar = tqdm(
+    bar = progress_bar(
         total=source.n,
         initial=source.n - sum(stop - start for start, stop in missing),
         desc=title,
         unit=" images",
         disable=title is None or not processes.is_main,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     mine = missing[processes.rank :: processes.world]
     with bar, exact_float32(), closing(each(extract, mine, extractor.device)) as counts:

@@ -6,6 +6,7 @@ the exit code is the one that a single process would have ended with, and Ctrl-C
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -30,7 +31,7 @@ from meanflow.training.config import load_config
 from meanflow.training.signals import EXIT_TERMINATED
 
 SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in logging.flush_every steps
-EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_TERMINATED}
+EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(arguments)
     split_batch(load_config(args.recipe, args.set), int(count))
     with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
-        return launch(int(count), arguments, Path(logs))
+        return launch(int(count), ["-m", "eval.run", *arguments], Path(logs))
 
 
-def launch(count: int, arguments: list[str], logs: Path) -> int:
-    """Run `eval.run` with these arguments in `count` processes; the exit code.
+def launch(count: int, program: list[str], logs: Path) -> int:
+    """Run `python PROGRAM…` in `count` processes; the exit code.
 
     Process 0 speaks. What the others write to stderr goes to `logs` and is shown if they are the ones that failed.
     """
@@ -62,18 +63,25 @@ def launch(count: int, arguments: list[str], logs: Path) -> int:
         logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ERR for rank in range(1, count)}),
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "eval.run", *arguments)
+        elastic_launch(config, sys.executable)("-u", *program)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if codes.get(0) not in EXPLAINED:
-            for rank in codes:
-                for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):
-                    print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
-        code = codes.get(0, next(iter(codes.values())))
+        code = _explain({rank: failure.exitcode for rank, failure in error.failures.items()}, logs)
         return code if code > 0 else 128 - code
     return 0
+
+
+def _explain(codes: dict[int, int], logs: Path) -> int:
+    """The code that counts among those of the processes that failed, by rank; shows the words that belong to it."""
+    if codes.get(0) in EXPLAINED:
+        return codes[0]
+    stopped = (EXIT_TERMINATED, -signal.SIGTERM)  # by the agent, since another one failed
+    culprits = [rank for rank, code in codes.items() if code not in stopped]
+    for rank in culprits:
+        for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):  # none of process 0, whose words were shown
+            print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
+    return codes[culprits[0]] if culprits else next(iter(codes.values()))
 
 
 if __name__ == "__main__":

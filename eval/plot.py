@@ -19,6 +19,7 @@ from meanflow.errors import AssetError, UserError, run_main
 from meanflow.training.metrics import read_metrics
 from meanflow.training.run_folder import RunFolder
 
+LOG_FROM = 4  # scores that differ by more than this factor get a log axis
 COLOURS = ("#1f5fa8", "#d1603d", "#3c8d5a", "#7a4fa3", "#b8860b", "#4d4d4d")
 MARKERS = "os^Dvx*"
 
@@ -179,7 +180,12 @@ def _score_panel(axis, metric: str, runs: list[RunFolder], scores: dict, tables:
             xs = np.interp([step for step, _ in chosen], tables[run]["step"], tables[run][x])
             name = label if len(runs) == 1 else f"{_name(run, runs)}: {label}"
             axis.plot(xs, [v for _, v in chosen], marker=marker, color=colour, linewidth=1, label=name, alpha=0.8)
-    _dress(axis, metric, x, metric, True)
+    values = [point["value"] for points in scores.values() for point in points if point["metric"] == metric]
+    wide = min(values) > 0 and max(values) > LOG_FROM * min(values)
+    _dress(axis, metric, x, metric, wide)
+    axis.set_xlim(left=0, right=1.05 * max(np.nanmax(tables[run][x]) for run in runs))
+    if not wide:
+        axis.set_ylim(min(0, *values), 1.4 * max(0, *values) or 1)  # room for the legend
     axis.legend(fontsize=6, frameon=False)
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from eval.generate import Model, generate, load_model, to_uint8
 from meanflow.errors import AssetError, UserError, run_main
-from meanflow.progress import progress
+from meanflow.progress import progress_bar
 from meanflow.training.run_folder import RunFolder
+
+SMOOTH_BELOW = 16
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = class_labels(model, args.n, args.label)
     out = args.out or _default_out(args, model)
     chunks = []
-    for start in progress(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
+    for start in progress_bar(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
         stop = min(start + args.batch, args.n)
         chosen = None if labels is None else labels[start:stop]
         chunks.append(to_uint8(generate(model, start, stop, args.steps, args.seed, chosen), args.quantise).cpu())
@@ -98,12 +101,16 @@ def write(images: Tensor, out: Path, columns: int | None = None) -> None:
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Tile uint8 (N, C, H, W) on white, enlarged by a whole factor to about 800 pixels so that single pixels show."""
+    """Tile uint8 (N, C, H, W) on white, enlarged by a whole factor to about 800 pixels.
+
+    Images of fewer than 16 pixels a side are enlarged smoothly, since the eye cannot read them as squares.
+    """
     n, channels, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = -(-n // columns)
     scale = max(1, min(8, 800 // (columns * width)))
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    mode = "bicubic" if max(height, width) < SMOOTH_BELOW else "nearest"
+    images = F.interpolate(images.float(), scale_factor=scale, mode=mode).round().clamp(0, 255).to(torch.uint8)
     height, width = height * scale + gap, width * scale + gap
     canvas = torch.full((channels, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
     for k, image in enumerate(images):

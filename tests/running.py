@@ -158,16 +158,25 @@ class Started:
 
     @property
     def error(self) -> str:
-        """The single line of a user's error; fails if there is more, such as a traceback."""
-        bars = re.compile(r"step/s|s/step|^$")
-        lines = [line for line in self.err.replace("\r", "\n").splitlines() if not bars.search(line)]
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        return lines[0]
+        return one_line(self.err)
+
+
+def one_line(err: str) -> str:
+    """The single line of a user's error, progress bars aside; fails if there is more, such as a traceback."""
+    bars = re.compile(r"step/s|s/step|^$")
+    lines = [line for line in err.replace("\r", "\n").splitlines() if not bars.search(line)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def redirect(files: tuple[Path, Path]) -> None:
+    """Send this process's stdout and stderr, and its children's, to files."""
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
 
 
 def _entry(module: str, arguments: list[str], files: tuple[Path, Path], how: dict[str, Any]) -> None:
-    for descriptor, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    redirect(files)
     os.environ.update(how.get("environment", {}))
     if limit := how.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -76,6 +76,7 @@ from unet import UNet
         ({"eval__steps": []}, ["eval.steps"]),
         ({"eval__steps": [1, 0]}, ["eval.steps"]),
         ({"eval__every": 0}, ["eval.every"]),
+        ({"train__compile": True}, ["train.compile", "loss.jvp"]),
         ({"seed": -1}, ["seed"]),
         ({"seed": 2**63}, ["seed"]),
         ({"model__augment_labels": 6}, ["model.augment_labels", "data.flip"]),
@@ -210,7 +211,7 @@ def test_changes_lists_exactly_what_differs():
     ],
 )
 def test_how_a_run_is_run_and_judged_may_change(change):
-    refuse_changed_run(tiny_config(), tiny_config(**change), "here")
+    refuse_changed_run(tiny_config(loss__jvp="func"), tiny_config(loss__jvp="func", **change), "here")
 
 
 @pytest.mark.parametrize(

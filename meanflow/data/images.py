@@ -6,15 +6,16 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from meanflow.data.layout import arrange
 from meanflow.data.sources import open_source
 from meanflow.errors import AssetError
+from meanflow.progress import progress_bar
 
 MODES = {1: "L", 3: "RGB"}  # channels → Pillow's mode
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -42,7 +43,7 @@ def load_images(
         images = torch.empty(len(entries), channels, image_size, image_size, dtype=torch.uint8)
         pending: deque = deque()
         show = progress and len(entries) > SHOW_PROGRESS_ABOVE
-        with tqdm(total=len(entries), desc="reading images", unit="img", disable=not show) as bar:
+        with progress_bar(total=len(entries), desc="reading images", unit="img", disable=not show) as bar:
             # In the archive's own order: going back in a compressed tar means unpacking it again.
             for parts in source.files:
                 if parts in rows:
@@ -62,7 +63,7 @@ def _workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def _store(images: torch.Tensor, pending: deque, bar: tqdm):
+def _store(images: torch.Tensor, pending: deque, bar: Any):
     row, future = pending.popleft()
     images[row] = future.result()
     bar.update()

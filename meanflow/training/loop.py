@@ -8,7 +8,7 @@ from typing import Any
 
 from meanflow.data import Dataset, load_dataset
 from meanflow.errors import ConfigError, NumericsError
-from meanflow.progress import progress
+from meanflow.progress import progress_bar
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
@@ -46,7 +46,7 @@ def train(
     log = MetricsLog(run.metrics_file, processes, config.logging.flush_every, state.seconds, writer)
     state.network.train()
     total, quiet = config.train.steps, not processes.is_main
-    bar = progress(total=total, initial=state.step, unit="step", disable=quiet)
+    bar = progress_bar(total=total, initial=state.step, unit="step", disable=quiet)
 
     with StopRequest() as stop, bar:
         stopping = False

@@ -34,7 +34,7 @@ def fresh_state(config: RunConfig, device: torch.device) -> TrainState:
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         network.parameters(),
-        lr=torch.tensor(config.lr),  # a tensor: compiled or captured steps see its changes
+        lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,

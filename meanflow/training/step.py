@@ -1,5 +1,6 @@
 """One optimiser step: Algorithm 1 over the micro-batches, one sum of gradients, one guarded update."""
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,6 +23,8 @@ def configure_numerics(config: TrainConfig) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it when it starts
 
 
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
@@ -65,6 +68,6 @@ def update(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: O
         torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.found_inf = (~torch.isfinite(norm)).float()
     for group in optimizer.param_groups:
-        group["lr"].fill_(learning_rate(config, step))
+        group["lr"] = learning_rate(config, step)
     optimizer.step()
     return norm
