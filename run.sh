@@ -77,7 +77,7 @@ shift
 set_up requirements.txt
 
 processes="${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-if [ "$processes" -gt 1 ]; then
+if [ "$processes" != 1 ]; then
   exec "$python" -m eval.launch "$processes" "recipes/$name.yaml" "$@"  # torchrun's agent, with our exit codes
 fi
 exec "$python" -m eval.run "recipes/$name.yaml" "$@"

@@ -35,7 +35,7 @@ EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERR
 
 
 def main(argv: list[str] | None = None) -> int:
-    count, *arguments = sys.argv[1:] if argv is None else argv
+    count, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"NPROC={count}: the number of processes must be 1 or more")
     args = parse(arguments)

@@ -79,7 +79,7 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
             _curve(axis, tables[run], x, panel, colour, smooth, _name(run, runs))
         _dress(axis, panel.title, x, panel.unit, panel.log)
         if not panel.log:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     for axis, metric in zip(axes[len(panels) :], metrics, strict=False):
         _score_panel(axis, metric, runs, scores, tables, x)
     for axis in axes[count:]:

@@ -67,7 +67,8 @@ def _check_out(out: Path) -> None:
 
 def _default_out(args: argparse.Namespace, model: Model) -> Path:
     folder = RunFolder(args.what).samples if args.what.is_dir() else args.what.parent
-    return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}.png"
+    label = "" if args.label is None else f"-label{args.label}"
+    return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}-seed{args.seed}{label}.png"
 
 
 def class_labels(model: Model, n: int, label: int | None) -> Tensor | None:

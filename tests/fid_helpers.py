@@ -18,7 +18,8 @@ DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 
 def tiny_config(*overrides: str) -> RunConfig:
     """The demo's recipe with a network of a few thousand weights."""
-    return load_config(DEMO, ["model.width=8", "ema.decays=[0.9, 0.99]", "ema.eval=0.99", *overrides])
+    small = ["model.width=8", "model.classes=0", "ema.decays=[0.9, 0.99]", "ema.eval=0.99"]
+    return load_config(DEMO, [*small, *overrides])
 
 
 def tiny_run(path: Path, config: RunConfig | None = None, step: int = 7) -> tuple[RunFolder, TrainState]:

@@ -117,8 +117,8 @@ def write_images(folder: Path, count: int = 22, classes: int = 2, size: int = 8)
 
 # --- processes -------------------------------------------------------------------------------------------------
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.run", "eval.sample", "eval.fid", "running"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.run", "eval.sample", "eval.fid", "running"])
 
 
 class Started:
@@ -131,7 +131,7 @@ class Started:
         for file in self.files:
             file.touch()
         arguments = [str(argument) for argument in arguments]
-        self.process = _context.Process(target=_entry, args=(module, arguments, self.files, how), daemon=True)
+        self.process = context.Process(target=_entry, args=(module, arguments, self.files, how), daemon=True)
         self.process.start()
 
     def send(self, number: int) -> None:

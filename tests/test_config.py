@@ -202,6 +202,7 @@ def test_changes_lists_exactly_what_differs():
         {"data__path": "elsewhere"},
         {"train__steps": 7},
         {"train__microbatch": 2},
+        {"ema__eval": 0.5},
         {"train__compile": True},
         {"checkpoint__every": 3},
         {"checkpoint__keep": 5},
@@ -211,7 +212,8 @@ def test_changes_lists_exactly_what_differs():
     ],
 )
 def test_how_a_run_is_run_and_judged_may_change(change):
-    refuse_changed_run(tiny_config(loss__jvp="func"), tiny_config(loss__jvp="func", **change), "here")
+    fixed = {"loss__jvp": "func", "ema__decays": [0.9, 0.5]}
+    refuse_changed_run(tiny_config(**fixed), tiny_config(**{**fixed, **change}), "here")
 
 
 @pytest.mark.parametrize(
@@ -243,14 +245,6 @@ def test_changeable_keys_exist():
     known = set(settings.flatten(tiny_tree()))
     for key in CHANGEABLE:
         assert any(path == key or path.startswith(f"{key}.") for path in known), key
-
-
-def test_a_changeable_group_does_not_cover_its_namesakes():
-    """ "eval" is changeable; "ema.eval", and a key that merely begins like it, are not."""
-    with pytest.raises(ConfigError, match=r"ema\.eval is 0\.9 there, 0\.5 now"):
-        refuse_changed_run(
-            tiny_config(ema__decays=[0.9, 0.5]), tiny_config(ema__decays=[0.9, 0.5], ema__eval=0.5), "here"
-        )
 
 
 def test_config_classes_are_frozen_and_have_no_defaults():

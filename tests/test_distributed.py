@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import _context, comparable_metrics, read_metrics, steps_of, tiny_config, write_images
+from running import comparable_metrics, context, read_metrics, steps_of, tiny_config, write_images
 
 from meanflow.data import load_dataset
 from meanflow.errors import UserError
@@ -169,7 +169,7 @@ def pair(tmp_path_factory, images):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    players = [_context.Process(target=play, args=(rank, port, folder, images), daemon=True) for rank in range(2)]
+    players = [context.Process(target=play, args=(rank, port, folder, images), daemon=True) for rank in range(2)]
     for player in players:
         player.start()
     for player in players:

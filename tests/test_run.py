@@ -19,6 +19,7 @@ from running import (
     RECIPES,
     ROOT,
     comparable_metrics,
+    context,
     last_step,
     one_line,
     redirect,
@@ -29,7 +30,6 @@ from running import (
     write_images,
     write_recipe,
 )
-from running import _context as context
 
 from eval import launch as launch_module
 from eval import run as module
@@ -289,6 +289,16 @@ def test_a_config_that_was_lost_does_not_let_another_run_in(refused, run_of):
     assert newest(run).meta["step"] == 6
 
 
+def test_settings_may_change_until_the_first_checkpoint(refused, recipe, tmp_path, alone):
+    """A first start that failed, for its settings or otherwise, must not block the folder."""
+    run = tmp_path / "run"
+    assert "model.classes is 7" in refused("--set", "model.classes=7", "--out", run)
+    assert (run / "config.yaml").exists() and not (run / "checkpoints").exists()
+    train_in(run, alone, model__classes=10)
+    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
+    assert "model.classes is 10 there, 0 now" in refused("--out", run)
+
+
 def test_a_config_that_was_damaged_is_named(refused, run_of):
     run, file = run_of
     (run / "config.yaml").write_text("description: [")
@@ -439,6 +449,7 @@ def test_run_sh_with_two_processes(tmp_path):
         (["many"], "NPROC=many"),
         (["0"], "NPROC=0"),
     ],
+    ids=str,
 )
 def test_a_launch_that_cannot_be_is_one_line_not_one_a_process(recipe, capsys, arguments, part):
     count, *options = arguments

@@ -82,10 +82,10 @@ def test_without_out_it_goes_to_the_run_folder(trained, tmp_path, capsys):
     run = shutil.copytree(trained.path, tmp_path / "run")
     sample(run, "--n", 2, "--steps", 2)
     (file,) = (run / "samples").iterdir()
-    assert file.name == "step00000006-nfe2-ema0.9.png" and str(file) in capsys.readouterr().out
+    assert file.name == "step00000006-nfe2-ema0.9-seed0.png" and str(file) in capsys.readouterr().out
     lone = shutil.copy(checkpoint_path(trained.checkpoints, 6), tmp_path / "carried.pt")
     sample(lone, "--n", 2)
-    assert (tmp_path / "step00000006-nfe1-ema0.9.png").exists()
+    assert (tmp_path / "step00000006-nfe1-ema0.9-seed0.png").exists()
 
 
 def test_the_line_it_prints_names_what_was_done(trained, tmp_path, capsys):

@@ -543,9 +543,9 @@ def test_the_wait_for_the_device_counts_as_training_time_and_pauses_do_not(tmp_p
 def test_metrics_of_a_loop_leave_out_evaluations(tmp_path, alone):
     import time
 
-    config, run = tiny_config(train__steps=4, eval__every=2), RunFolder(tmp_path)
-    train(config, run, alone, lambda line: None, lambda *ignored: time.sleep(1.0))
-    assert read_metrics(run.metrics_file)[-1]["seconds"] < 1.0
+    config, run = tiny_config(train__steps=3, eval__every=2), RunFolder(tmp_path)
+    train(config, run, alone, lambda line: None, lambda *ignored: time.sleep(2.0))
+    assert read_metrics(run.metrics_file)[-1]["seconds"] < 2.0
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,8 @@ def test_tensorboard_without_the_package_is_one_line(tmp_path, alone, monkeypatc
 def test_the_progress_bar_does_not_flood_a_log(tmp_path, alone, capsys):
     """Where stderr is no terminal, twenty steps are a handful of lines, not one or two each."""
     train(tiny_config(train__steps=20, checkpoint__every=20), RunFolder(tmp_path), alone, lambda line: None)
-    assert capsys.readouterr().err.count("step/s") + capsys.readouterr().err.count("s/step") <= 3
+    shown = capsys.readouterr().err
+    assert 1 <= shown.count("step/s") + shown.count("s/step") <= 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

@@ -18,6 +18,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 # What may differ when a run continues: how it is run and judged, never what is learnt.
 CHANGEABLE = (
     "description",
+    "ema.eval",
+    "loss.jvp",
     "data.root",
     "data.path",  # the images' fingerprint is compared instead
     "train.steps",

@@ -42,12 +42,20 @@ def train(
     gradients = GradientSum(state.network, processes)
     if processes.is_main:
         rewind_metrics(run.metrics_file, state.step)
-    writer = tensorboard_writer(run.path) if config.logging.tensorboard and processes.is_main else None
+    wanted = config.logging.tensorboard and processes.is_main
+    writer = tensorboard_writer(run.path, state.step) if wanted else None
     log = MetricsLog(run.metrics_file, processes, config.logging.flush_every, state.seconds, writer)
     state.network.train()
     total, quiet = config.train.steps, not processes.is_main
     bar = progress_bar(total=total, initial=state.step, unit="step", disable=quiet)
 
+    def evaluation_due() -> bool:
+        return bool(evaluate and config.eval.every and state.step and state.step % config.eval.every == 0)
+
+    if evaluation_due():  # a run that was stopped before this step's evaluation makes it now
+        evaluate(run, config, state, processes)
+        state.network.train()
+        log.pause()
     with StopRequest() as stop, bar:
         stopping = False
         while state.step < total and not stopping:
@@ -63,7 +71,7 @@ def train(
 
             last = state.step == total
             saving = last or state.step % config.checkpoint.every == 0
-            evaluating = evaluate and config.eval.every and state.step % config.eval.every == 0
+            evaluating = evaluation_due()
             asked = stop.requested and processes.world == 1  # several must agree, as they do when the log is read
             if log.due or saving or evaluating or asked:
                 stopping = flush(log, run) or asked
@@ -143,10 +151,10 @@ def save(
     processes.barrier()
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """Raises ConfigError if the optional package is not installed."""
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """Events that go on after `step`. Raises ConfigError if the optional package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard is true, but the package is missing: pip install tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

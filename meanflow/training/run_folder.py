@@ -53,7 +53,8 @@ class RunFolder:
         changed: dict[str, tuple[Any, Any]] = {}
         if self.config_file.exists():
             old = load_config(self.config_file)
-            refuse_changed_run(old, config, str(self.path))
+            if any(self.checkpoints.glob("*.pt")):  # before the first one nothing has been learnt
+                refuse_changed_run(old, config, str(self.path))
             changed = changes(old, config)
         temporary = self.config_file.with_suffix(".tmp")
         with write_errors_named(self.config_file):
