@@ -267,23 +267,24 @@ def _float32_under_autocast(x: Tensor) -> Tensor:
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 
-def _like(tangent: Tensor, x: Tensor) -> Tensor:
-    """The tangent in the value's dtype and memory format, as the fused kernels want it."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return tangent.to(x.dtype).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+def _kernel_format(x: Tensor) -> torch.memory_format:
+    """The memory format that the fused group norm takes `x` in: channels_last on CPUs alone (as F.group_norm does)."""
+    channels_last = x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @rule("group_norm")
 def group_norm(input: Dual, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Dual:
     x, rows = _float32_under_autocast(input.value), input.rows
+    memory_format = _kernel_format(x)
+    x = x.contiguous(memory_format=memory_format)
     channels, positions = x.shape[1], x[0, 0].numel()
     value, mean, rstd = torch.native_group_norm(x, weight, bias, len(x), channels, positions, num_groups, eps)
 
     def tangent() -> Tensor:
+        dx = input.tangent.to(x.dtype).contiguous(memory_format=memory_format)
         sizes = (rows, channels, positions, num_groups)
-        operands = (_like(input.tangent, x), x[:rows], mean[:rows], rstd[:rows], None)
+        operands = (dx, x[:rows], mean[:rows], rstd[:rows], None)
         out = aten.native_group_norm_backward(*operands, *sizes, [True, False, False])[0]
         return out if weight is None else out * weight.view(-1, *[1] * (x.ndim - 2))
 
@@ -296,7 +297,8 @@ def layer_norm(input: Dual, normalized_shape, weight=None, bias=None, eps: float
     value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
 
     def tangent() -> Tensor:
-        operands = (_like(input.tangent, x), x[:rows], list(normalized_shape), mean[:rows], rstd[:rows], None, None)
+        dx = input.tangent.to(x.dtype).contiguous()
+        operands = (dx, x[:rows], list(normalized_shape), mean[:rows], rstd[:rows], None, None)
         out = aten.native_layer_norm_backward(*operands, [True, False, False])[0]
         return out if weight is None else out * weight
 

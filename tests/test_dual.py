@@ -86,6 +86,16 @@ def test_channels_last_gives_the_same():
     assert torch.allclose(a.value, b.value) and torch.allclose(a.tangent, b.tangent)
 
 
+def test_any_memory_layout_gives_the_same():
+    """Sliced and transposed inputs reach the fused kernels in the layout that they take."""
+    x, dx = g(B, 6, 6, 8, seed=2)[..., ::2].permute(0, 3, 1, 2), g(N, 4, 6, 6, seed=3).transpose(2, 3)
+    a = F.group_norm(Dual(x, dx), 2, GAIN4, BIAS4)
+    b = F.group_norm(Dual(x.contiguous(), dx.contiguous()), 2, GAIN4, BIAS4)
+    assert torch.allclose(a.value, b.value) and torch.allclose(a.tangent, b.tangent)
+    a, b = F.layer_norm(Dual(x, dx), (6,)), F.layer_norm(Dual(x.contiguous(), dx.contiguous()), (6,))
+    assert torch.allclose(a.value, b.value) and torch.allclose(a.tangent, b.tangent)
+
+
 def test_dropout_uses_one_mask_for_both():
     x, dx = torch.ones(B, 1000, dtype=torch.float64), 3 * torch.ones(N, 1000, dtype=torch.float64)
     out = F.dropout(Dual(x, dx), 0.2, training=True)

@@ -213,6 +213,21 @@ def test_bf16_autocast_is_near_float32_and_the_target_stays_float32():
         assert 0 < (a - b).norm() <= 3e-2 * b.norm()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("jvp", JVPS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_on_a_gpu_it_is_what_it_is_on_the_cpu(jvp, memory_format):
+    """The CUDA kernels take other memory layouts than the CPU's; t and r stay on the CPU, as in training."""
+    net, (x, eps, t, r, labels) = small_unet(torch.float64), batch(torch.float64)
+    config = LossConfig(0.75, 1e-3, "(v, 0, 1)", jvp)
+    here = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels).mean)
+    net = net.to(device="cuda", memory_format=memory_format)
+    x, eps = (y.cuda().contiguous(memory_format=memory_format) for y in (x, eps))
+    there = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels.cuda()).mean)
+    for a, b in zip(there, here, strict=True):
+        assert (a.cpu() - b).norm() <= 1e-9 * b.norm()
+
+
 def test_works_in_any_shape():
     x, eps = torch.randn(5, 2), torch.randn(5, 2)
     t, r = torch.full((5,), 0.5), torch.zeros(5)
