@@ -83,7 +83,7 @@ def _warn(config: RunConfig, processes: Processes) -> None:
 
 def _sample(config: RunConfig, run: RunFolder, processes: Processes) -> None:
     """The grid that the recipe asks for, as samples.png."""
-    model: Model = load_model(run.path, None, processes.device)
+    model: Model = load_model(run.path, repr(config.ema.eval), processes.device)
     labels = class_labels(model, config.sample.count, None)
     images = generate(model, 0, config.sample.count, config.sample.steps, config.sample.seed, labels)
     write(to_uint8(images).cpu(), run.path / "samples.png", config.sample.columns)

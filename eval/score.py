@@ -57,7 +57,9 @@ def score_run(run: RunFolder, config: RunConfig, processes: Processes, say: Say 
     """
     path, checkpoint = open_checkpoint(run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", "round")
-    variants = variants_of(path, checkpoint, file_sha256(path), None, config.eval.steps, sampling, processes.device)
+    variants = variants_of(
+        path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, processes.device
+    )
     extractor = _extractor_for_all(config, processes)
     results = evaluate(_request(run, config, extractor, _reference(config, processes)), variants, processes)
     if results is None:
