@@ -50,7 +50,7 @@ def load_dataset(config: DataConfig, image_size: int, channels: int, progress: b
         return Dataset(*load_images(config.path, config.split, image_size, channels, progress))
     if config.source == "digits":
         _check_shape("digits", 8, 1, image_size, channels)
-        return _digits(config.split)
+        return digits(config.split)
     _check_shape("cifar10", 32, 3, image_size, channels)
     return _cifar10(Path(config.root).expanduser(), config.split)
 
@@ -63,8 +63,8 @@ def _check_shape(source: str, size: int, channels: int, wanted_size: int, wanted
         )
 
 
-def _digits(split: str) -> Dataset:
-    """1,797 handwritten digits that scikit-learn ships: 8×8, grey, values 0 … 16."""
+def digits(split: str) -> Dataset:
+    """1,797 handwritten digits that scikit-learn ships: 8×8, grey. Raises ConfigError for another split than train."""
     if split != "train":
         raise ConfigError(f"data.split is {split!r}, but digits only has 'train', which is all of it")
     from sklearn.datasets import load_digits  # here, since importing scikit-learn takes a second or two

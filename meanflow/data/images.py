@@ -3,17 +3,18 @@
 import os
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from meanflow.data.layout import arrange
-from meanflow.data.sources import open_source
+from meanflow.data.sources import Parts, Source, open_source
 from meanflow.errors import AssetError
 from meanflow.progress import progress_bar
 
@@ -35,60 +36,94 @@ def load_images(
         AssetError: an unreadable source, or an image that is broken or of another size or mode, by name.
         ConfigError: the source does not have the split.
     """
-    with open_source(path) as source, warnings.catch_warnings(), ThreadPoolExecutor(_workers()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with open_source(path) as source, decoders() as pool:
         entries = arrange(source, split)
         classes = sorted({name for _, name in entries if name is not None})
         rows = {parts: row for row, (parts, _) in enumerate(entries)}
         images = torch.empty(len(entries), channels, image_size, image_size, dtype=torch.uint8)
-        pending: deque = deque()
         show = progress and len(entries) > SHOW_PROGRESS_ABOVE
         with progress_bar(total=len(entries), desc="reading images", unit="img", disable=not show) as bar:
             # In the archive's own order: going back in a compressed tar means unpacking it again.
-            for parts in source.files:
-                if parts in rows:
-                    job = (source.name(parts), source.read(parts), image_size, channels)
-                    pending.append((rows[parts], pool.submit(_decode, *job)))
-                while pending and len(pending) >= IN_FLIGHT:
-                    _store(images, pending, bar)
-            while pending:
-                _store(images, pending, bar)
+            wanted = (parts for parts in source.files if parts in rows)
+            for parts, future in decode_ahead(pool, source, wanted, lambda *job: _decode(*job, image_size, channels)):
+                images[rows[parts]] = future.result()
+                bar.update()
     if not classes:
         return images, None, ()
     numbers = {name: number for number, name in enumerate(classes)}
     return images, torch.tensor([numbers[name] for _, name in entries]), tuple(classes)
 
 
-def _workers() -> int:
-    return min(8, os.cpu_count() or 1)
+@contextmanager
+def decoders(processes: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode images, with Pillow's guard against decompression bombs an error.
+
+    Args:
+        processes: how many processes of this machine decode at the same time.
+    """
+    workers = max(1, min(8, (os.cpu_count() or 1) // processes))
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore", UserWarning)  # odd metadata, of which Pillow speaks but copes
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield pool
+        except BaseException:  # Ctrl-C too: what waits in line is not decoded any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _store(images: torch.Tensor, pending: deque, bar: Any):
-    row, future = pending.popleft()
-    images[row] = future.result()
-    bar.update()
+def decode_ahead(
+    pool: ThreadPoolExecutor,
+    source: Source,
+    wanted: Iterable[Parts],
+    decode: Callable[[str, Path | BytesIO], torch.Tensor],
+) -> Iterator[tuple[Parts, Future]]:
+    """`decode(name, data)` of the wanted files in their order, up to IN_FLIGHT of them ahead of the consumer."""
+    pending: deque = deque()
+    for parts in wanted:
+        pending.append((parts, pool.submit(decode, source.name(parts), source.read(parts))))
+        if len(pending) >= IN_FLIGHT:
+            yield pending.popleft()
+    yield from pending
 
 
-def _decode(name: str, data: Path | BytesIO, image_size: int, channels: int) -> torch.Tensor:
-    """One file → uint8 (C, S, S). `name` is for messages."""
-    mode, problem = MODES[channels], ""
+@contextmanager
+def open_image(name: str, data: Path | BytesIO) -> Iterator[Image.Image]:
+    """An image whose header is read and whose pixels are not. Raises AssetError by `name` if it is none, or broken."""
     try:
         image = Image.open(data, formats=FORMATS)
     except Exception as error:  # a damaged file raises nearly anything in Pillow's parsers
         raise AssetError(f"{name} is not an image or is broken ({_reason(error)})") from error
     with image:
+        yield image
+
+
+def load_pixels(name: str, image: Image.Image) -> None:
+    """Read the pixels. Raises AssetError by `name` if the file is broken or cut short."""
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise AssetError(f"{name} is broken ({_reason(error)})") from error
+
+
+def deeper_than_8_bits(image: Image.Image) -> bool:
+    """Whether a channel has 16 bits or more. Pillow opens 16-bit colour as RGB, and cuts it to 8."""
+    return ";16" in repr(image.tile) or image.mode[0] in "IF"
+
+
+def _decode(name: str, data: Path | BytesIO, image_size: int, channels: int) -> torch.Tensor:
+    """One file → uint8 (C, S, S). `name` is for messages."""
+    mode, problem = MODES[channels], ""
+    with open_image(name, data) as image:
         if image.size != (image_size, image_size):
             problem = f"is {image.size[0]}x{image.size[1]}, not {image_size}x{image_size}"
         elif image.mode != mode:
             problem = f"has mode {image.mode}, not {mode}"
-        elif ";16" in repr(image.tile):  # Pillow opens 16-bit colour as RGB and cuts it to 8 bits
+        elif deeper_than_8_bits(image):
             problem = "has 16 bits a channel, not 8"
         if problem:
             raise AssetError(f"{name} {problem}; {_mend(name, image_size, mode)}")
-        try:
-            image.load()
-        except Exception as error:  # as above
-            raise AssetError(f"{name} is broken ({_reason(error)})") from error
+        load_pixels(name, image)
         pixels = torch.from_numpy(np.array(image))  # (S, S) or (S, S, 3)
     return pixels.view(image_size, image_size, channels).permute(2, 0, 1)
 

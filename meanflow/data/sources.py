@@ -29,7 +29,7 @@ Parts = tuple[str, ...]  # a path inside a source, split at its slashes
 class Source:
     """The listing of a folder or archive, without hidden files, and the means to read a file of it."""
 
-    where: str  # "data.path …", for messages
+    where: str  # the setting and its path, for messages
     files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of reading
     folders: set[Parts] = field(default_factory=set)  # every folder that is listed or implied by a file
     open: Callable[[Any], Path | BytesIO] = lambda handle: handle
@@ -45,13 +45,15 @@ class Source:
 
 
 @contextmanager
-def open_source(path: str) -> Iterator[Source]:
+def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
     """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are told by content, not by suffix.
+
+    `setting` is where the user named `path`, for messages.
 
     Raises:
         AssetError: nothing there, unreadable, not an archive, damaged or cut short, or with unsafe members.
     """
-    where, location = f"data.path {path}", Path(path).expanduser()
+    where, location = f"{setting} {path}", Path(path).expanduser()
     if not location.exists():
         raise AssetError(f"{where}: no such file or folder")
     with ExitStack() as stack:

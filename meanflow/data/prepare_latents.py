@@ -1,0 +1,274 @@
+"""Images → latents on disk, once: `python -m meanflow.data.prepare_latents --images DIR --out DIR --vae NAME`.
+
+Each image and its mirror image are encoded; the latents' means and standard deviations are kept (see shards.py).
+Interrupted in any way, the same command continues. Under torchrun the processes share the shards, on any number of
+GPUs. `--verify DIR` compares the checksums of finished latents.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meanflow.data.codec import Codec, open_codec
+from meanflow.data.config import SPLITS
+from meanflow.data.latents import LatentsConfig, open_latents, refuse_other, verify
+from meanflow.data.listing import Listing, open_listing
+from meanflow.data.shards import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    Manifest,
+    Plan,
+    ShardWriter,
+    new_shard,
+    read_manifest,
+    read_plan,
+    remove_leftovers,
+    shard_entry,
+    write_atomically,
+    write_manifest,
+)
+from meanflow.errors import AssetError, ConfigError, run_main, write_errors_named
+from meanflow.progress import progress_bar
+
+SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
+BATCH = 32
+
+Say = Callable[[str], Any]
+
+
+def prepare(
+    config: LatentsConfig,
+    rank: int,
+    world: int,
+    device: torch.device | str,
+    skip_broken: bool = False,
+    batch: int = BATCH,
+    say: Say = lambda line: None,
+    shard_images: int = SHARD_IMAGES,
+) -> None:
+    """Encode what is not encoded yet of this process's share: every world-th shard. Returns at once if all is there.
+
+    Processes need no connection: whoever finds all shards done writes the manifest. So it is there once all
+    processes have returned (where files of other machines show late, one more call in one process writes it).
+
+    Args:
+        config: which images, which VAE, into which folder.
+        rank, world: this process among those that prepare.
+        device: where the VAE encodes.
+        skip_broken: leave out images that cannot be read (they are listed in the manifest) instead of stopping.
+        batch: images encoded at once.
+        say: told what is done, in single lines.
+        shard_images: files a shard stands for, in a new preparation.
+
+    Raises:
+        AssetError: an image, archive, VAE or disk that cannot be used, or another process at work in the folder.
+        ConfigError: the folder was begun with other settings or images.
+        NumericsError: the VAE gives NaN or infinity.
+    """
+    folder = Path(config.latents).expanduser()
+    if _is_prepared(folder, config):
+        return
+    if config.source == "folder" and config.images is None:
+        open_latents(folder, config)  # says what is wrong with it
+        return
+    with ExitStack() as stack:
+        stack.enter_context(_hold(folder, rank))
+        remove_leftovers(folder, rank, world)
+        listing = stack.enter_context(open_listing(config, world))
+        codec = open_codec(config.vae, device, config.decode_precision, config.decode_batch)
+        plan = _settle(folder, _plan(config, listing, codec, shard_images), rank)
+        todo = [k for k in range(rank, plan.shards, world) if shard_entry(folder, plan, k) is None]
+        _warn_of_space(folder, plan, world, todo, say)
+        _encode(folder, plan, listing, codec, todo, rank, skip_broken, batch)
+        manifest = write_manifest(folder, plan, rank)
+    if manifest:
+        say(_summary(folder, manifest))
+    else:
+        say(f"{folder}: this process's shards are done; the last of the others completes the latents")
+
+
+def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
+    """Whether all is there, made of the same images by the same settings. Raises ConfigError for other settings."""
+    if not (folder / MANIFEST).exists():
+        return False
+    manifest = read_manifest(folder)
+    refuse_other(manifest.plan, config, folder)
+    plan = manifest.plan
+    same_images = config.images is None or plan.images == _absolute(config.images)
+    return same_images and all(shard_entry(folder, plan, index) for index in range(plan.shards))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+@contextmanager
+def _hold(folder: Path, rank: int) -> Iterator[None]:
+    """Keep a second command out of the folder, for as long as this process lives at most."""
+    path = folder / f".rank{rank}.lock"
+    with ExitStack() as stack:
+        with write_errors_named(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise AssetError(f"{folder}: another process prepares latents here; wait for it or stop it") from error
+        yield
+
+
+def _plan(config: LatentsConfig, listing: Listing, codec: Codec, shard_images: int) -> Plan:
+    return Plan(
+        format=FORMAT,
+        source=config.source,
+        images=_absolute(config.images),
+        split=config.split,
+        listing=listing.sha256,
+        files=len(listing.names),
+        classes=listing.classes,
+        image_size=config.image_size,
+        shape=codec.latent_shape(listing.channels, config.image_size),
+        dtype="float16",
+        scale=codec.scale,
+        codec=codec.record,
+        shard_images=shard_images,
+    )
+
+
+def _settle(folder: Path, wanted: Plan, rank: int) -> Plan:
+    """The folder's plan: the one it was begun with, or `wanted` if it is new. Raises ConfigError where they differ."""
+    path = folder / PLAN
+    if not path.exists():
+        write_atomically(path, json.dumps(asdict(wanted), indent=1).encode(), rank)
+    begun = read_plan(path)
+    old, new = begun.identity(), wanted.identity()
+    if begun.codec["sha256"] != wanted.codec["sha256"]:  # named, since checksums say little
+        old["codec"], new["codec"] = (f"{c['name']} (sha256 {c['sha256']})" for c in (begun.codec, wanted.codec))
+    for name in ("codec", "image_size", "split", "source", "scale", "shape", "files", "classes", "listing"):
+        if old[name] == new[name]:
+            continue
+        what = f"{name} {old[name]}, now {name} {new[name]}"
+        if name in ("classes", "listing"):
+            what = f"another list of images ({begun.images}, now {wanted.images})"
+        raise ConfigError(f"{folder}: was begun with {what}: give the same again, or another folder for the latents")
+    return begun
+
+
+def _warn_of_space(folder: Path, plan: Plan, world: int, todo: list[int], say: Say) -> None:
+    needed = sum(len(plan.numbers(index)) for index in todo) * plan.record_bytes * world
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        say(f"warning: {folder}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+
+
+def _encode(
+    folder: Path, plan: Plan, listing: Listing, codec: Codec, todo: list[int], rank: int, skip_broken: bool, batch: int
+) -> None:
+    """Write the shards `todo`. Decoding runs ahead across their borders, so the encoder need not wait at them."""
+    numbers = [number for index in todo for number in plan.numbers(index)]
+    decoded = zip(numbers, listing.decode(numbers), strict=True)
+    with progress_bar(total=len(numbers), desc="encoding images", unit="img", disable=rank > 0 or not todo) as bar:
+        for index in todo:
+            with new_shard(folder, plan, index, rank) as shard:
+                for part in _chunks(decoded, len(plan.numbers(index)), batch):
+                    _encode_batch(listing, codec, shard, part, skip_broken)
+                    bar.update(len(part))
+
+
+def _chunks(items: Iterator[Any], count: int, size: int) -> Iterator[list[Any]]:
+    """The next `count` items in lists of `size`."""
+    for start in range(0, count, size):
+        yield list(islice(items, min(size, count - start)))
+
+
+def _encode_batch(
+    listing: Listing, codec: Codec, shard: ShardWriter, part: list[tuple[int, Future]], skip_broken: bool
+) -> None:
+    images, labels = [], []
+    for number, future in part:
+        error = future.exception()
+        if error is None:
+            images.append(future.result())
+            labels.append(listing.labels[number])
+        elif skip_broken and isinstance(error, AssetError):
+            shard.skipped.append((listing.names[number], str(error)))
+        elif isinstance(error, AssetError):
+            advice = "replace it, or leave such images out with `python -m meanflow.data.prepare_latents --skip-broken`"
+            raise AssetError(f"{error}; {advice}") from error
+        else:
+            raise error
+    if images:
+        shard.add(encode_both(codec, torch.stack(images)), labels)
+
+
+def encode_both(codec: Codec, images: Tensor) -> Tensor:
+    """uint8 (n, channels, S, S) → (n, 2, 2, C, h, w): of the images and their mirror images, mean and std."""
+    sides = [torch.stack(codec.encode(side), 1) for side in (images, images.flip(-1))]
+    return torch.stack(sides, 1)
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    plan, skipped = manifest.plan, manifest.skipped
+    shape, size = "x".join(map(str, plan.shape)), sum(shard.bytes for shard in manifest.shards)
+    line = f"{folder}: {manifest.count:,} latents of {shape} in {len(plan.classes):,} classes, {size / 1e9:.2f} GB"
+    if skipped:
+        line += f"; {len(skipped):,} images left out, listed in {MANIFEST}, the first because {skipped[0][1]}"
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m meanflow.data.prepare_latents", description=__doc__)
+    parser.add_argument("--images", help="folder, zip or tar of class folders of images")
+    parser.add_argument("--out", help="folder for the latents")
+    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or folder (sd-vae-ft-mse)")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side after ADM's centre crop (256)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="where images has train/ and val/ (train)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images encoded at once ({BATCH})")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable images and list them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to encode (CUDA where there is one)")
+    parser.add_argument("--verify", metavar="DIR", help="compare the checksums of finished latents and stop")
+    args = parser.parse_args(argv)
+    say: Say = print
+    if args.verify:
+        latents = verify(Path(args.verify).expanduser())
+        say(f"{args.verify}: {len(latents):,} latents, intact")
+        return 0
+    if not args.images or not args.out or args.batch < 1:
+        parser.error("--images, --out and a positive --batch are needed, or --verify")
+    try:
+        config = LatentsConfig(
+            kind="latents",
+            source="folder",
+            images=args.images,
+            latents=args.out,
+            split=args.split,
+            vae=args.vae,
+            image_size=args.size,
+            flip=False,  # this and what follows are for training and sampling
+            decode_precision="fp32",
+            decode_batch=1,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # torchrun's
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    prepare(config, rank, max(world, 1), device, args.skip_broken, args.batch, say)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
