@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from eval.official import read_official
-from meanflow.errors import AssetError, NumericsError, UserError
+from meanflow.data import LatentsConfig
+from meanflow.data.codec import Codec, open_codec
+from meanflow.errors import NumericsError, UserError
 from meanflow.random import derive_seed
 from meanflow.sampling import sample, time_grid
-from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
+from meanflow.training.checkpoint import Checkpoint
 from meanflow.training.config import RunConfig, config_from_tree
 from meanflow.training.network import build_network
-from meanflow.training.run_folder import RunFolder
+from meanflow.training.run_folder import find_checkpoint
 from meanflow.training.state import copy_strictly
 
 WEIGHTS = "weights"  # instead of an EMA: the weights as the optimiser left them
@@ -30,9 +33,11 @@ class Model:
     path: Path
     ema: str
     meta: dict[str, Any]
+    codec: Codec | None  # what decodes latents; None where the network makes images itself
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network makes."""
         return self.config.model.channels, self.config.model.image_size, self.config.model.image_size
 
     @property
@@ -45,12 +50,10 @@ def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
 
     Raises AssetError if there is none or it is damaged.
     """
-    if not what.is_dir():
-        return what, read_official(what) or load_checkpoint(what)
-    newest = load_newest(RunFolder(what).checkpoints)
-    if newest is None:
-        raise AssetError(f"{what}: has no checkpoint yet; train first")
-    path, checkpoint, complaints = newest
+    official = None if what.is_dir() else read_official(what)
+    if official is not None:
+        return what, official
+    path, checkpoint, complaints = find_checkpoint(what)
     for complaint in complaints:
         print(f"warning: {complaint}; using {path.name}", file=sys.stderr)
     return path, checkpoint
@@ -74,7 +77,18 @@ def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.
     network = build_network(config, device)
     tensors = checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
     copy_strictly(dict(network.named_parameters()), tensors, str(path))
-    return Model(network.eval(), config, path, ema, checkpoint.meta)
+    return Model(network.eval(), config, path, ema, checkpoint.meta, codec_of(config, device))
+
+
+def codec_of(config: RunConfig, device: torch.device) -> Codec | None:
+    """What decodes the run's samples. Raises AssetError, saying how to get it, if the VAE is not here."""
+    data = config.data
+    if not isinstance(data, LatentsConfig):
+        return None
+    return _codec(data.vae, device, data.decode_precision, data.decode_batch)
+
+
+_codec = lru_cache(maxsize=1)(open_codec)  # shared by the networks of one checkpoint
 
 
 def noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
@@ -85,13 +99,15 @@ def noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def generate(model: Model, start: int, stop: int, steps: int, seed: int, labels: Tensor | None = None) -> Tensor:
-    """Samples start … stop − 1 as float32 (B, C, H, W), about [−1, 1], on the model's device.
+    """Samples start … stop − 1 as float32 images (B, C, H, W), about [−1, 1], on the model's device.
 
     labels (B,) int64: the classes asked for, None for unconditional. Raises NumericsError if one is not finite.
     """
     z = noise(seed, start, stop, model.shape).to(model.device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(model.device)}
     images = sample(model.network, z, time_grid(steps), **cond)
+    if model.codec is not None:
+        images = model.codec.decode(images)
     if not torch.isfinite(images).all():
         raise NumericsError(f"{model.path}: EMA {model.ema} gives samples that are not finite; is the run diverged?")
     return images

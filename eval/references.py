@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
@@ -19,7 +20,13 @@ from eval.sources import ImagesSource, images_from_array, read_images
 from meanflow.data import DataConfig, load_dataset
 from meanflow.errors import AssetError, NumericsError, UserError
 
-NAMED = {"cifar10-train": "train", "cifar10-test": "test"}
+CIFAR10_SPLITS = {"cifar10-train": "train", "cifar10-test": "test"}
+ADM = "adm-imagenet256"  # ADM's statistics of ImageNet's training images at 256², and 10,000 of them
+ADM_URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+NAMED = (*CIFAR10_SPLITS, ADM)
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,17 @@ class Reference:
 def open_reference(spec: str, data_root: Path, allow_download: bool) -> Reference:
     """Open `--ref`: a name in `NAMED`, or a path. Statistics are validated; nothing is extracted.
 
-    CIFAR-10 is looked for in `data_root`, and fetched there if `allow_download`.
+    What a name stands for is looked for in `data_root`, and fetched there if `allow_download`.
 
     Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError
     otherwise.
     """
-    if spec in NAMED:
+    if spec == ADM:
+        return _from_npz(_adm_file(data_root, allow_download))
+    if spec in CIFAR10_SPLITS:
         if not allow_download and not (data_root / CIFAR10.filename).exists():
             raise AssetError(f"{data_root} has no {CIFAR10.filename} and downloads are off (--offline)")
-        config = DataConfig("cifar10", str(data_root), None, NAMED[spec], augment_p=0.0, flip=False)
+        config = DataConfig("images", "cifar10", str(data_root), None, CIFAR10_SPLITS[spec], augment_p=0.0, flip=False)
         return reference_of_images(load_dataset(config, 32, 3).images, spec)
     path = Path(spec)
     if path.suffix in (".pt", ".pth"):
@@ -70,6 +79,21 @@ def open_reference(spec: str, data_root: Path, allow_download: bool) -> Referenc
     if path.suffix == ".npz":
         return _from_npz(path)
     return _of_images(read_images(path), spec)
+
+
+def _adm_file(data_root: Path, allow_download: bool) -> Path:
+    path = data_root / ADM_URL.rpartition("/")[2]
+    if path.exists():
+        return path
+    by_hand = f"download {ADM_URL} elsewhere and put it at {path}"
+    if not allow_download:
+        raise AssetError(f"{path} is not there and downloads are off (--offline): {by_hand}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(ADM_URL, str(path), progress=True)
+    except OSError as error:  # URLError is one
+        raise AssetError(f"{ADM} cannot be downloaded ({error}): {by_hand}") from error
+    return path
 
 
 def reference_of_images(images: Tensor, spec: str) -> Reference:

@@ -1,9 +1,12 @@
 """`python -m eval.run RECIPE`: the whole job - train, sample, score, plot. `run.sh` calls it."""
 
 import argparse
+import math
 import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from eval.generate import Model, generate, load_model, to_uint8
 from eval.plot import plot
@@ -14,10 +17,11 @@ from meanflow.training.config import RunConfig, config_to_yaml, load_config
 from meanflow.training.distributed import Processes, start_processes, stop_processes
 from meanflow.training.estimate import estimate
 from meanflow.training.loop import train
+from meanflow.training.network import build_network, count_parameters
 from meanflow.training.run_folder import RunFolder
 
-SLOW_ON_CPU = 64  # network width from which a CPU run is a matter of weeks
-FLOOR_UP_TO = 1024  # pixels; the distance between halves of large images costs as much as a score
+SLOW_ON_CPU = 5_000_000  # parameters from which a CPU run is a matter of weeks
+FLOOR_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -75,7 +79,7 @@ def job(config: RunConfig, run: RunFolder, processes: Processes) -> int:
 
 def _warn(config: RunConfig, processes: Processes) -> None:
     """What is better known before a long run than after."""
-    if processes.device.type == "cpu" and config.model.width >= SLOW_ON_CPU:
+    if processes.device.type == "cpu" and count_parameters(build_network(config, torch.device("meta"))) > SLOW_ON_CPU:
         print("warning: no GPU is used, and on a CPU this network trains very slowly; --dry-run estimates how long")
     for warning in preflight(config):
         print(f"warning: {warning}")
@@ -97,7 +101,7 @@ def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any
             protocol = result["protocol"]
             note = "" if result["comparable"] or name.startswith("fd-") else " (not comparable)"
             cells.append((f"{protocol['nfe']}-NFE {name}{note}", f"{value:.3f}", f"{protocol['n']:,}"))
-    if config.model.image_size**2 * config.model.channels <= FLOOR_UP_TO:
+    if math.prod(config.image_shape) <= FLOOR_UP_TO:
         cells.append(("floor: two halves of the real images", f"{floor(config):.3f}", ""))
     width = max(len(row[0]) for row in cells)
     lines = [f"{name:<{width}}  {value:>9}  {count:>9}".rstrip() for name, value, count in cells]

@@ -11,13 +11,14 @@ import torch
 from eval.evaluate import evaluate
 from eval.extractors import Extractor, Options, create, exact_float32, prefetch
 from eval.files import default_cache, read_json, write_json
-from eval.generate import open_checkpoint
+from eval.generate import codec_of, open_checkpoint
 from eval.metrics import MetricOptions, Statistics, frechet
 from eval.processes import on_main
 from eval.protocol import Request, table
 from eval.references import Reference, check_reference, open_reference, reference_of_images
 from eval.subjects import Sampling, variants_of
-from meanflow.data import load_dataset
+from meanflow.data import DataConfig, LatentsConfig, load_dataset
+from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
@@ -29,6 +30,7 @@ from meanflow.training.state import TrainState
 METRICS = ("fid",)
 SEED = 0
 BEST = "best.pt"
+DOWNLOADS = "data"  # where references are kept, if the recipe has no folder for downloads
 Say = Callable[[str], None]
 
 
@@ -37,15 +39,16 @@ def preflight(config: RunConfig) -> list[str]:
 
     Returns warnings: training does not need a score. Raises UserError for settings that can never work.
     """
-    shape = (config.model.channels, config.model.image_size, config.model.image_size)
+    shape = config.image_shape
     try:
         extractor = _extractor(config, torch.device("cpu"))
+        extractor.check_image(shape, "this recipe")
+        codec_of(config, torch.device("cpu"))
+        if config.eval.reference is None and not isinstance(config.data, LatentsConfig):
+            return []
+        reference = _reference(config)
     except AssetError as error:
         return [f"this run can be trained but not scored: {error}"]
-    extractor.check_image(shape, "this recipe")
-    if config.eval.reference is None:
-        return []
-    reference = open_reference(config.eval.reference, Path(config.data.root), allow_download=True)
     return check_reference(reference, METRICS, extractor, shape, MetricOptions())
 
 
@@ -61,7 +64,7 @@ def score_run(run: RunFolder, config: RunConfig, processes: Processes, say: Say 
         path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, processes.device
     )
     extractor = _extractor_for_all(config, processes)
-    results = evaluate(_request(run, config, extractor, _reference(config, processes)), variants, processes)
+    results = evaluate(_request(run, config, extractor, _reference(config)), variants, processes)
     if results is None:
         return []
     say(table(results))
@@ -88,7 +91,7 @@ class ScoreDuring:
             except AssetError as error:
                 say(f"warning: step {state.step:,} is not scored: {error}")
                 return
-            self._reference = self._reference or _reference(config, processes)
+            self._reference = self._reference or _reference(config)
             path = checkpoint_path(run.checkpoints, state.step)
             meta = read_json(path.with_suffix(".json"))
             averages = {repr(decay): average for decay, average in state.ema.averages.items()}
@@ -147,7 +150,7 @@ def floor(config: RunConfig) -> float:
     """
     alone = Processes(0, 1, torch.device("cpu"))
     extractor = _extractor(config, alone.device)
-    source = _reference(config, alone).images
+    source = _reference(config).images
     if source is None:
         raise UserError(f"eval.reference {config.eval.reference} has no images to halve")
     order = torch.randperm(source.n, generator=generator(SEED, "floor"))
@@ -169,21 +172,29 @@ def _extractor_for_all(config: RunConfig, processes: Processes) -> Extractor:
     return create(config.eval.extractor, options, METRICS)
 
 
-def _reference(config: RunConfig, processes: Processes) -> Reference:
-    if config.eval.reference is not None:
-        return open_reference(config.eval.reference, Path(config.data.root), allow_download=True)
-    return training_images(config)
+def _reference(config: RunConfig) -> Reference:
+    """Raises AssetError where it is not there, and UserError where a latent recipe names none."""
+    if config.eval.reference is None:
+        return training_images(config)
+    root = config.data.root if isinstance(config.data, DataConfig) else DOWNLOADS
+    return open_reference(config.eval.reference, Path(root), allow_download=True)
 
 
 def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
     """The run's own training images, as they are: not flipped, not augmented.
 
-    Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded).
+    Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded), and UserError for latents of
+    image files, of which the images are not kept.
     """
-    if config.data.path is None and config.data.source == "cifar10" and not allow_download:
-        return open_reference(f"cifar10-{config.data.split}", Path(config.data.root), allow_download)
-    images = load_dataset(config.data, config.model.image_size, config.model.channels).images
-    return reference_of_images(images, config.data.path or f"{config.data.source}-{config.data.split}")
+    data, (channels, size, _) = config.data, config.image_shape
+    if isinstance(data, LatentsConfig):
+        if data.source != "digits":
+            raise UserError("eval.reference is null, and of latents the images are not kept: name statistics or images")
+        return reference_of_images(digits(data.split).images, f"digits-{data.split}")
+    if data.path is None and data.source == "cifar10" and not allow_download:
+        return open_reference(f"cifar10-{data.split}", Path(data.root), allow_download)
+    images = load_dataset(data, size, channels).images
+    return reference_of_images(images, data.path or f"{data.source}-{data.split}")
 
 
 def _request(run: RunFolder, config: RunConfig, extractor: Extractor, reference: Reference) -> Request:

@@ -30,7 +30,7 @@ class GeneratedSource:
     """Samples of a network: sample k is a function of (seed, k, steps, weights) whatever the batch or process."""
 
     def __init__(self, model: Model, weights: str, steps: int, sampling: Sampling):
-        self.n, self.shape = sampling.n, model.shape
+        self.n, self.shape = sampling.n, model.config.image_shape
         self._model, self._weights, self._steps, self._sampling = model, weights, steps, sampling
         self._labels = draw_labels(sampling, model.config.model.classes)
 

@@ -1,5 +1,6 @@
 """The MeanFlow objective (Section 4.1, Algorithm 1; Eqs. 9–11 and 22). Knows only a callable u(z, t, r, …)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,34 +50,49 @@ def interval_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:
     return torch.argsort(still, stable=True), int(t.numel() - still.sum())
 
 
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 − t) x + t ε (Section 3): x, eps (B, …), t (B,) → (B, …)."""
+    return (1 - _per_row(t, x)) * x + _per_row(t, x) * eps
+
+
+def _per_row(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
 def meanflow_loss(
-    u: Network, x: Tensor, eps: Tensor, t: Tensor, r: Tensor, config: LossConfig, v: Tensor | None = None, **cond
+    u: Network,
+    x: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    r: Tensor,
+    config: LossConfig,
+    v: Tensor | None = None,
+    derivative: Callable = value_and_tangent,
+    **cond,
 ) -> MeanFlowLoss:
     """The loss of each sample.
 
     x, eps (B, …): data in [−1, 1] and Gaussian noise. t ≥ r (B,) in [0, 1], best on the CPU: how many rows have
     r ≠ t is then known without waiting for the device. v (B, …): the velocity field of tangent and target, by
-    default the conditional ε − x; guidance passes its own (Eq. 19). cond: tensors (B, …) or None for u's keywords.
-    Rows with r = t are plain Flow Matching and pay for no derivative.
+    default the conditional ε − x; guidance passes its own (Eq. 21). derivative: `value_and_tangent`, or it compiled.
+    cond: tensors (B, …) or None for u's keywords. Rows with r = t are plain Flow Matching and pay for no derivative.
     """
     order, rows = interval_first(t, r)
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         back = torch.argsort(order)
         picked = {key: _take(y, order) for key, y in cond.items()}
-        loss = meanflow_loss(
-            u, _take(x, order), _take(eps, order), t[order], r[order], config, _take(v, order), **picked
-        )
+        x, eps, v = (_take(y, order) for y in (x, eps, v))
+        loss = meanflow_loss(u, x, eps, t[order], r[order], config, v, derivative, **picked)
         return MeanFlowLoss(_take(loss.weighted, back), _take(loss.squared_error, back))
 
     t, r = t.to(x, non_blocking=True), r.to(x, non_blocking=True)
-    shape = (-1, *[1] * (x.ndim - 1))
-    z = (1 - t).view(shape) * x + t.view(shape) * eps
+    z = interpolate(x, eps, t)
     v = eps - x if v is None else v
     dr, dt = TANGENTS[config.tangent]
-    u_out, dudt = value_and_tangent(u, z, t, r, (v[:rows], dt, dr), rows, config.jvp, cond)
+    u_out, dudt = derivative(u, z, t, r, (v[:rows], dt, dr), rows, config.jvp, cond)
 
     target = v.clone()  # Eq. (10): u_tgt = v − (t − r) du/dt, where r = t it is v
-    target[:rows] -= (t - r)[:rows].view(shape) * dudt.to(x.dtype)
+    target[:rows] -= _per_row(t - r, x)[:rows] * dudt.to(x.dtype)
     squared_error = (u_out.to(x.dtype) - target).square().flatten(1).sum(1)  # Eq. (9), sum over C, H, W
     with torch.no_grad():
         weight = 1 / (squared_error + config.c) ** config.p  # Eq. (22)

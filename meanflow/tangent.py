@@ -44,9 +44,10 @@ def _by_func(u, z, t, r, tangents, rows, cond):
 
     first, rest = slice(None, rows), slice(rows, None)
     moving = {key: split(x, first) for key, x in cond.items()}
-    speeds = (dz, torch.full_like(t[first], dt), torch.full_like(r[first], dr))
+    where = (z[first], t[first].clone(), r[first].clone())  # views fail under torch.compile (2.14)
+    speeds = (dz, torch.full_like(where[1], dt), torch.full_like(where[2], dr))
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        value, tangent = torch.func.jvp(lambda *ztr: u(*ztr, **moving), (z[first], t[first], r[first]), speeds)
+        value, tangent = torch.func.jvp(lambda *ztr: u(*ztr, **moving), where, speeds)
     if rows < z.shape[0]:
         still = {key: split(x, rest) for key, x in cond.items()}
         value = torch.cat([value, u(z[rest], t[rest], r[rest], **still)])

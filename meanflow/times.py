@@ -50,11 +50,7 @@ def sample_times(n: int, config: TimesConfig, generator: Generator) -> tuple[Ten
     """
     a, b = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
     coin = torch.rand(n, generator=generator)
-    if config.share == "exact":
-        count, i = round(config.ratio * n), torch.arange(n)
-        moving = (i + 1) * count // n > i * count // n
-    else:
-        moving = coin < config.ratio
+    moving = spread(round(config.ratio * n), n) if config.share == "exact" else coin < config.ratio
     if config.sampler == "v1":
         t = torch.sigmoid(config.mu + config.sigma * a)
         r = torch.minimum(t, torch.sigmoid(config.mu_r + config.sigma_r * b))
@@ -62,6 +58,12 @@ def sample_times(n: int, config: TimesConfig, generator: Generator) -> tuple[Ten
         a, b = _to_unit_interval(a, config), _to_unit_interval(b, config)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
     return t, torch.where(moving, r, t)
+
+
+def spread(count: int, n: int) -> Tensor:
+    """`count` of n positions, as evenly as can be: (n,) bool."""
+    i = torch.arange(n)
+    return (i + 1) * count // max(n, 1) > i * count // max(n, 1)
 
 
 def _to_unit_interval(normal: Tensor, config: TimesConfig) -> Tensor:

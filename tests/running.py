@@ -35,6 +35,7 @@ TREE: dict[str, Any] = {
     "description": "tiny",
     "seed": 3,
     "model": {
+        "kind": "unet",
         "image_size": 8,
         "channels": 1,
         "width": 8,
@@ -46,7 +47,15 @@ TREE: dict[str, Any] = {
         "augment_labels": 0,
         "classes": 0,
     },
-    "data": {"source": "digits", "root": "data", "path": None, "split": "train", "augment_p": 0.0, "flip": False},
+    "data": {
+        "kind": "images",
+        "source": "digits",
+        "root": "data",
+        "path": None,
+        "split": "train",
+        "augment_p": 0.0,
+        "flip": False,
+    },
     "times": {
         "sampler": "v0",
         "distribution": "lognorm",
@@ -57,14 +66,17 @@ TREE: dict[str, Any] = {
         "ratio": 0.75,
         "share": "exact",
     },
+    "init": {"from": None, "ema": None},
+    "guidance": None,
     "loss": {"p": 0.75, "c": 1e-3, "tangent": "(v, 0, 1)", "jvp": "dual"},
     "optim": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 5, "clip": None},
-    "ema": {"decays": [0.9], "every": 1, "eval": 0.9},
+    "ema": {"decays": [0.9], "every": 1, "eval": 0.9, "store": "device"},
     "train": {
         "batch": 8,
         "microbatch": None,
         "steps": 6,
         "precision": "fp32",
+        "activation_checkpointing": False,
         "compile": False,
         "deterministic": False,
     },
@@ -94,6 +106,25 @@ def tiny_tree(**changes: Any) -> dict[str, Any]:
         assert key in branch, path
         branch[key] = value
     return tree
+
+
+def guided_latent_changes(latents: Path | str = "latents") -> dict[str, Any]:
+    """The tiny run as a DiT with (trivial) guidance on the latents of digits, for `tiny_tree`."""
+    model = {"kind": "dit", "image_size": 4, "channels": 4, "patch": 2, "width": 16, "depth": 2, "heads": 2}
+    data = {"kind": "latents", "source": "digits", "images": None, "latents": str(latents), "split": "train"}
+    guidance = {"omega_prime": 1.0, "kappa": 0.0, "omega": 1.0, "t_start": 0.0, "t_end": 1.0}
+    return {
+        "model": {**model, "conditioning": "t,t-r", "classes": 10},
+        "data": {
+            **data,
+            "vae": "space-to-depth",
+            "image_size": 8,
+            "flip": True,
+            "decode_precision": "fp32",
+            "decode_batch": 64,
+        },
+        "guidance": {**guidance, "label_drop": 0.1, "dropped": "official"},
+    }
 
 
 def tiny_config(**changes: Any) -> RunConfig:

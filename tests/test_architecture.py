@@ -8,7 +8,7 @@ from running import ROOT
 
 PACKAGES = ("unet", "dit", "meanflow", "eval", "tests")
 # Where imports come from → what of ours they may name, besides their own package. A later package may be missing.
-CORE = {"errors", "random", "progress", "objective", "times", "sampling", "guidance", "dual", "tangent"}
+CORE = {"errors", "random", "progress", "objective", "times", "sampling", "guidance", "dual", "tangent", "recompute"}
 ALLOWED = {
     "unet": set(),
     "dit": set(),

@@ -6,8 +6,9 @@ import subprocess
 import pytest
 import torch
 import yaml
-from running import RECIPES, ROOT, tiny_config, tiny_tree
+from running import RECIPES, ROOT, guided_latent_changes, tiny_config, tiny_tree
 
+from dit import DiT, DiTConfig
 from meanflow.errors import ConfigError
 from meanflow.training import settings
 from meanflow.training.config import (
@@ -136,15 +137,17 @@ def test_every_recipe_loads_and_returns_from_yaml(path, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_its_network(path):
+    config = load_config(path)
     with torch.device("meta"):
-        network = UNet(load_config(path).model)
+        network = (DiT if isinstance(config.model, DiTConfig) else UNet)(config.model)
     assert count_parameters(network) > 1000
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_spells_all_its_keys_once(path):
     """The YAML itself is complete: nothing is left to defaults, nothing is there twice."""
-    assert set(settings.flatten(settings.read_yaml(path))) == set(settings.flatten(tiny_tree()))
+    spelt, built = settings.read_yaml(path), settings.to_tree(load_config(path))
+    assert list(settings.flatten(spelt)) == list(settings.flatten(built))
 
 
 def test_there_are_the_recipes_of_the_readme():
@@ -242,7 +245,7 @@ def test_what_is_learnt_may_not_change(change):
 
 
 def test_changeable_keys_exist():
-    known = set(settings.flatten(tiny_tree()))
+    known = {*settings.flatten(tiny_tree()), *settings.flatten(tiny_tree(**guided_latent_changes()))}
     for key in CHANGEABLE:
         assert any(path == key or path.startswith(f"{key}.") for path in known), key
 
@@ -265,3 +268,27 @@ def test_the_recipe_list_of_run_sh_has_every_recipe():
     shown = subprocess.run(["bash", str(ROOT / "run.sh")], capture_output=True, text=True, check=True).stdout
     for path in RECIPES:
         assert f"  {path.stem} " in shown and load_config(path).description in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "guidance", "interval", "images"),
+    [
+        ("b4", (4, 768, 12, 12), (1.0, 0.0, 1.0), (0.0, 1.0), 80),
+        ("b2", (2, 768, 12, 12), (2.0, 0.5, 1.0), (0.0, 1.0), 240),
+        ("m2", (2, 1024, 16, 16), (2.0, 0.5, 1.0), (0.0, 1.0), 240),
+        ("l2", (2, 1024, 24, 16), (2.5, 0.92, 0.2), (0.0, 0.8), 240),
+        ("xl2", (2, 1152, 28, 16), (2.5, 0.92, 0.2), (0.0, 0.75), 240),
+        ("xl2plus", (2, 1152, 28, 16), (2.0, 0.5, 1.0), (0.3, 0.8), 1000),
+    ],
+)
+def test_the_imagenet_recipes_are_table_4(name, network, guidance, interval, images):
+    config = load_config(ROOT / "recipes" / f"imagenet_{name}.yaml")
+    model, guided = config.model, config.guidance
+    assert (model.patch, model.width, model.depth, model.heads) == network
+    assert (guided.omega_prime, guided.kappa, guided.omega) == guidance
+    assert (guided.t_start, guided.t_end, guided.label_drop) == (*interval, 0.1)
+    epochs = config.train.steps * config.train.batch / 1_281_167
+    assert 0 <= epochs - images < 1e-3 and config.train.batch == 256
+    assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1e-4, (0.9, 0.95), 0)
+    assert (config.ema.decays, config.ema.every, config.loss.p, config.loss.c) == ((0.9999,), 1, 1.0, 1e-2)
+    assert (config.times.ratio, config.times.mu, config.times.sigma) == (0.25, -0.4, 1.0)

@@ -24,7 +24,7 @@ SIZE = 8
 
 
 def config(**changes) -> DataConfig:
-    start = DataConfig(source="digits", root="data", path=None, split="train", augment_p=0.0, flip=False)
+    start = DataConfig(kind="images", source="digits", root="data", path=None, split="train", augment_p=0.0, flip=False)
     return dataclasses.replace(start, **changes)
 
 

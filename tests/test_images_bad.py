@@ -30,7 +30,7 @@ GOOD = encode(GOOD_PIXELS)
 
 
 def load(path, size=8, channels=3):
-    config = DataConfig("digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
+    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
     return load_dataset(config, size, channels, progress=False)
 
 

@@ -14,7 +14,7 @@ SQUARED_L2 = LossConfig(p=0.0, c=1e-3, tangent="(v, 0, 1)", jvp="func")
 def small_unet(dtype, dropout=0.0) -> UNet:
     """A real U-net with attention and resampling whose output layers are far from zero."""
     torch.manual_seed(0)
-    net = UNet(UNetConfig(8, 3, 8, (1, 2), 1, (4,), dropout, "t,t-r", 6, 0)).to(dtype)
+    net = UNet(UNetConfig("unet", 8, 3, 8, (1, 2), 1, (4,), dropout, "t,t-r", 6, 0)).to(dtype)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))

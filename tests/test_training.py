@@ -350,7 +350,7 @@ def test_a_bad_gradient_leaves_no_trace(bad, clip):
 def test_averages_follow_their_closed_form():
     """Every 2 steps with decay²: after the updates at 2 and 4, from e₀ = 1 towards the weights 3 and 5."""
     module = one_parameter(1.0)
-    ema = Ema(module, EmaConfig(decays=(0.9, 0.5), every=2, eval=0.9))
+    ema = Ema(module, EmaConfig(decays=(0.9, 0.5), every=2, eval=0.9, store="device"))
     for step in range(1, 6):
         with torch.no_grad():
             module.p.fill_(step + 1.0)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from unet import UNet, UNetConfig
 from unet.embedding import CONDITIONINGS, SinusoidalEmbedding
 
-PAPER = UNetConfig(32, 3, 128, (2, 2, 2), 4, (16,), 0.2, "t,t-r", 6, 0)
-SMALL = UNetConfig(8, 3, 8, (1, 2), 1, (4,), 0.0, "t,t-r", 6, 0)
+PAPER = UNetConfig("unet", 32, 3, 128, (2, 2, 2), 4, (16,), 0.2, "t,t-r", 6, 0)
+SMALL = UNetConfig("unet", 8, 3, 8, (1, 2), 1, (4,), 0.0, "t,t-r", 6, 0)
 
 
 def small(config=SMALL, noise=0.1):
@@ -218,6 +218,6 @@ def test_what_cannot_be_built_names_its_field(change, message):
 
 @pytest.mark.parametrize(("width", "channels", "size"), [(2, 1, 4), (6, 2, 6), (10, 3, 20)])
 def test_odd_widths_and_sizes_build_and_run(width, channels, size):
-    config = UNetConfig(size, channels, width, (1, 3), 1, (), 0.1, "t,r", 0, 0)
+    config = UNetConfig("unet", size, channels, width, (1, 3), 1, (), 0.1, "t,r", 0, 0)
     z, t, r = inputs(config)
     assert UNet(config).double()(z, t, r).shape == z.shape

@@ -5,6 +5,7 @@ parameter names, so its checkpoints load strictly as they are.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ class UNetConfig:
     Raises ValueError, naming the field, for a shape that cannot be built.
     """
 
+    kind: Literal["unet"]
     image_size: int  # pixels a side (32); divisible by 2^(levels − 1)
     channels: int  # image channels (3)
     width: int  # base width (128)
@@ -65,7 +67,8 @@ class UNet(nn.Module):
 
     `forward(z, t, r, augment_labels=None, class_labels=None)` with z (B, C, H, W), t and r (B,) in [0, 1],
     augment_labels (B, A) (None: zeros, as at sampling) and class_labels (B,) int64 (None or the value `classes`:
-    unconditional) gives (B, C, H, W).
+    unconditional) gives (B, C, H, W). `run_block` is how a block is called; whoever trains may put another there
+    that saves memory.
     """
 
     def __init__(self, config: UNetConfig):
@@ -118,6 +121,9 @@ class UNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = group_norm(current)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(current, config.channels, 3, init=ZERO_INIT)
 
+    def run_block(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
+        return block(x, emb)
+
     def embed(self, t: Tensor, r: Tensor, augment_labels: Tensor | None, class_labels: Tensor | None) -> Tensor:
         """The conditioning vector (B, 4·width)."""
         variables = time_variables(t, r, self.config.conditioning)
@@ -142,7 +148,7 @@ class UNet(nn.Module):
         emb = self.embed(t, r, augment_labels, class_labels)
         x, skips = z, []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
+            x = layer(x) if name.endswith("conv") else self.run_block(layer, x, emb)
             skips.append(x)
         size = self.config.image_size
         norm, conv = f"{size}x{size}_aux_norm", f"{size}x{size}_aux_conv"
@@ -151,5 +157,5 @@ class UNet(nn.Module):
                 continue
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
+            x = self.run_block(layer, x, emb)
         return self.dec[conv](F.silu(self.dec[norm](x)))  # (B, C, H, W)

@@ -1,6 +1,7 @@
 """What to train on and how to augment it: the `data` section of a recipe."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from meanflow.data.augment import AUGMENT_LABELS
 
@@ -16,6 +17,7 @@ class DataConfig:
         ValueError: a field is out of range; the message begins with the field's name.
     """
 
+    kind: Literal["images"]
     source: str  # "cifar10" (torchvision's archive) or "digits" (scikit-learn's 8×8 handwritten digits)
     root: str  # folder where downloads live
     path: str | None  # the user's own images, which replace `source`: a folder, zip or tar of class folders

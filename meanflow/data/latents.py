@@ -57,6 +57,11 @@ class LatentsConfig:
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip must be true or false, not {self.flip!r}")
 
+    @property
+    def image_channels(self) -> int:
+        """Of the images: 1 (grey) or 3 (RGB)."""
+        return 1 if self.source == "digits" else 3
+
 
 class Latents:
     """N memory-mapped latents; a process reads from the page cache, which all processes of a machine share.

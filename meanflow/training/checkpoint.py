@@ -20,7 +20,7 @@ from torch import Tensor
 
 from meanflow.errors import AssetError
 
-FORMAT = 1
+FORMAT = 2
 PARTS = ("model", "ema", "optimizer")
 
 

@@ -6,24 +6,33 @@ from typing import Any
 
 import yaml
 
-from meanflow.data import DataConfig
+from dit import DiTConfig
+from meanflow.data import DataConfig, LatentsConfig
 from meanflow.errors import ConfigError
+from meanflow.guidance import GuidanceConfig
 from meanflow.objective import LossConfig
 from meanflow.times import TimesConfig
 from meanflow.training import settings
 from unet import UNetConfig
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+EMA_STORES = ("device", "host")
 
 # What may differ when a run continues: how it is run and judged, never what is learnt.
 CHANGEABLE = (
     "description",
     "ema.eval",
+    "ema.store",
     "loss.jvp",
     "data.root",
     "data.path",  # the images' fingerprint is compared instead
+    "data.images",
+    "data.latents",
+    "data.decode_precision",
+    "data.decode_batch",
     "train.steps",
     "train.microbatch",
+    "train.activation_checkpointing",
     "train.compile",
     "checkpoint",
     "logging",
@@ -61,6 +70,7 @@ class EmaConfig:
     decays: tuple[float, ...]  # per step
     every: int  # applied every so many steps, with decay^every
     eval: float  # the one that counts
+    store: str  # device, or host: the computer's memory, where the device's is short (slower)
 
     def __post_init__(self):
         if not self.decays or not all(0 <= decay < 1 for decay in self.decays):
@@ -71,6 +81,20 @@ class EmaConfig:
             raise ValueError(f"every must be ≥ 1, got {self.every}")
         if self.eval not in self.decays:
             raise ValueError(f"eval must be one of decays {self.decays}, got {self.eval}")
+        if self.store not in EMA_STORES:
+            raise ValueError(f"store must be one of {', '.join(EMA_STORES)}, got {self.store!r}")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What a new run's weights start from (fine-tuning): another run's average, wherever names and shapes agree."""
+
+    from_: str | None  # a run folder or a checkpoint of it; null: freshly initialised
+    ema: float | None  # which of its averages; null: the one that its own recipe evaluates
+
+    def __post_init__(self):
+        if self.from_ is None and self.ema is not None:
+            raise ValueError("ema names an average of init.from, which is null")
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class TrainConfig:
     microbatch: int | None  # images at once on one device (null: all of its share); the rest by accumulation
     steps: int
     precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast)
+    activation_checkpointing: bool  # keep only each block's input, compute it again in the backward pass
     compile: bool  # torch.compile of the network; needs loss.jvp: func
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
 
@@ -155,10 +180,12 @@ class RunConfig:
 
     description: str
     seed: int
-    model: UNetConfig
-    data: DataConfig
+    model: UNetConfig | DiTConfig
+    init: InitConfig
+    data: DataConfig | LatentsConfig
     times: TimesConfig
     loss: LossConfig
+    guidance: GuidanceConfig | None  # null: trained without, labels are never dropped
     optim: OptimConfig
     ema: EmaConfig
     train: TrainConfig
@@ -172,11 +199,28 @@ class RunConfig:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.train.compile and self.loss.jvp == "dual":
             raise ValueError("train.compile: torch.compile cannot trace dual numbers; set loss.jvp to func with it")
-        if self.model.augment_labels != self.data.augment_labels:
+        if self.train.activation_checkpointing and self.loss.jvp != "dual":
+            raise ValueError("train.activation_checkpointing: torch.func has no such thing; set loss.jvp to dual")
+        if self.guidance is not None and not self.model.classes:
+            raise ValueError("guidance needs classes: set model.classes, or guidance to null")
+        given = self.data.augment_labels if isinstance(self.data, DataConfig) else 0
+        if self.augment_labels != given:
             raise ValueError(
-                f"model.augment_labels is {self.model.augment_labels}, but data.augment_p and data.flip give "
-                f"{self.data.augment_labels} labels: make them agree"
+                f"model.augment_labels is {self.augment_labels}, but data.augment_p and data.flip give {given} labels: "
+                "make them agree"
             )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that a sample becomes: decoded, where the network works on latents."""
+        if isinstance(self.data, LatentsConfig):
+            return self.data.image_channels, self.data.image_size, self.data.image_size
+        return self.model.channels, self.model.image_size, self.model.image_size
+
+    @property
+    def augment_labels(self) -> int:
+        """Width of the network's augmentation-label input; a DiT has none."""
+        return self.model.augment_labels if isinstance(self.model, UNetConfig) else 0
 
 
 def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:

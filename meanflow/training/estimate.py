@@ -5,6 +5,7 @@ import time
 import torch
 
 from meanflow.data import augment
+from meanflow.guidance import drop_labels
 from meanflow.objective import interval_first
 from meanflow.random import generator
 from meanflow.times import sample_times
@@ -75,12 +76,15 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
     t, r = sample_times(size, config.times, random)
     order = interval_first(t, r)[0]
     cond = {}
-    if model.augment_labels:
+    if config.augment_labels:
         draw = augment.draw(size, config.data.augment_p, config.data.flip, random)
         cond["augment_labels"] = draw.labels.to(device)
     if model.classes:
         cond["class_labels"] = torch.randint(model.classes, (size,), generator=random).to(device)
-    return MicroBatch(x, eps, t[order], r[order], cond)
+    t, r, dropped = t[order], r[order], None
+    if config.guidance is not None:
+        dropped = drop_labels(t, r, config.guidance, random)
+    return MicroBatch(x, eps, t, r, cond, dropped)
 
 
 def _count_saved(call) -> int:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from meanflow.data import Dataset, load_dataset
+from meanflow.data import Dataset, Latents, LatentsConfig, load_dataset, open_latents
+from meanflow.data.prepare_latents import prepare
 from meanflow.errors import ConfigError, NumericsError
 from meanflow.progress import progress_bar
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.init import initialise
 from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import EXIT_TERMINATED, StopRequest
@@ -33,10 +35,14 @@ def train(
     """
     say = say if processes.is_main else lambda line: None
     configure_numerics(config.train)
-    dataset = load_dataset_once(config, processes)
+    dataset = open_data(config, processes, say)
     data = describe(dataset)
     state = fresh_state(config, processes.device)
-    resume(state, config, run, data, say)
+    if not resume(state, config, run, data, say) and config.init.from_ is not None:
+        taken = initialise(state, config.init)
+        say(taken.summary())
+        if processes.is_main:
+            taken.write(run.path / "init.json")
     stream = BatchStream(dataset, config, processes)
     loss = make_loss(state.network, config, processes.device)
     gradients = GradientSum(state.network, processes)
@@ -93,8 +99,13 @@ def train(
     return 0
 
 
-def load_dataset_once(config: RunConfig, processes: Processes) -> Dataset:
-    """The main process downloads what is missing before the others look."""
+def open_data(config: RunConfig, processes: Processes, say: Say) -> Dataset | Latents:
+    """The main process downloads what is missing before the others look; latents are prepared by all of them."""
+    if isinstance(config.data, LatentsConfig):
+        prepare(config.data, processes.rank, processes.world, processes.device, say=say)
+        processes.barrier()
+        shape = (config.model.channels, config.model.image_size, config.model.image_size)
+        return open_latents(Path(config.data.latents), config.data, shape)
     if not processes.is_main:
         processes.barrier()
     dataset = load_dataset(config.data, config.model.image_size, config.model.channels, progress=processes.is_main)
@@ -103,17 +114,23 @@ def load_dataset_once(config: RunConfig, processes: Processes) -> Dataset:
     return dataset
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """What the images are, to recognise them again: their number and the SHA-256 of their pixels."""
-    pixels = dataset.images.contiguous().numpy()
-    return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": hashlib.sha256(pixels).hexdigest()}
+def describe(dataset: Dataset | Latents) -> dict[str, Any]:
+    """What the images are, to recognise them again: their number and the SHA-256 of their pixels or latents."""
+    if isinstance(dataset, Latents):
+        digest = dataset.sha256
+    else:
+        digest = hashlib.sha256(dataset.images.contiguous().numpy()).hexdigest()
+    return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": digest}
 
 
-def resume(state: TrainState, config: RunConfig, run: RunFolder, data: dict[str, Any], say: Say) -> None:
-    """Continue from the newest intact checkpoint, if any. Raises ConfigError if its run or its images were others."""
+def resume(state: TrainState, config: RunConfig, run: RunFolder, data: dict[str, Any], say: Say) -> bool:
+    """Continue from the newest intact checkpoint; False if there is none.
+
+    Raises ConfigError if its run or its images were others.
+    """
     newest = load_newest(run.checkpoints)
     if newest is None:
-        return
+        return False
     path, checkpoint, complaints = newest
     for complaint in complaints:
         say(f"warning: {complaint}; using the one before")
@@ -125,6 +142,7 @@ def resume(state: TrainState, config: RunConfig, run: RunFolder, data: dict[str,
         )
     restore(state, checkpoint, str(path))
     say(f"continuing from step {state.step:,} ({path})")
+    return True
 
 
 def flush(log: MetricsLog, run: RunFolder) -> bool:

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from dit import DiT, DiTConfig
 from meanflow.random import derive_seed
+from meanflow.recompute import recomputed
 from meanflow.training.config import RunConfig
 from unet import UNet
 
@@ -12,7 +14,10 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     """The freshly initialised network, a function of the seed alone, on `device` in channels_last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "init"))
-        network = UNet(config.model)  # on the CPU: the same weights whatever the device
+        backbone = DiT if isinstance(config.model, DiTConfig) else UNet
+        network = backbone(config.model)  # on the CPU: the same weights whatever the device
+    if config.train.activation_checkpointing:
+        network.run_block = recomputed
     return network.to(device=device, memory_format=torch.channels_last)
 
 

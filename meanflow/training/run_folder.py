@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 from meanflow.errors import AssetError, write_errors_named
+from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
 from meanflow.training.config import RunConfig, changes, config_to_yaml, load_config, refuse_changed_run
 
 
@@ -66,6 +67,19 @@ class RunFolder:
     def note_start(self, **facts: Any) -> None:
         with write_errors_named(self.starts_file), open(self.starts_file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
+
+
+def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
+    """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
+
+    Raises AssetError if there is none or it is damaged.
+    """
+    if not what.is_dir():
+        return what, load_checkpoint(what), []
+    newest = load_newest(RunFolder(what).checkpoints)
+    if newest is None:
+        raise AssetError(f"{what}: has no checkpoint yet; train first")
+    return newest
 
 
 def environment() -> dict[str, Any]:

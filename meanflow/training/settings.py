@@ -7,9 +7,9 @@ from a file or from `--set key.path=value`.
 import difflib
 import math
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -86,8 +86,12 @@ def build(kind: Any, value: Any, path: str, source: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (kind,) = [arg for arg in args if arg is not type(None)]
-        return build(kind, value, path, source)
+        kinds = [arg for arg in args if arg is not type(None)]
+        return build(kinds[0] if len(kinds) == 1 else _kind_of(kinds, value, path, source), value, path, source)
+    if origin is Literal:
+        if value not in args:
+            raise _wrong(path, source, " or ".join(args), value)
+        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(path, source, "a list", value)
@@ -97,23 +101,43 @@ def build(kind: Any, value: Any, path: str, source: str) -> Any:
     return _build_scalar(kind, value, path, source)
 
 
+def _kind_of(kinds: list[type], value: Any, path: str, source: str) -> type:
+    """The dataclass of a union whose field `kind: Literal[…]` is what `value` says."""
+    if not isinstance(value, dict):
+        raise _wrong(path, source, "a group of settings", value)
+    named = {get_args(get_type_hints(kind)["kind"])[0]: kind for kind in kinds}
+    if "kind" not in value:
+        raise ConfigError(f"{source}: {path}.kind is missing: {' or '.join(named)}")
+    if not isinstance(value["kind"], str) or value["kind"] not in named:
+        raise _wrong(f"{path}.kind", source, " or ".join(named), value["kind"])
+    return named[value["kind"]]
+
+
 def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
     where = f"{path}." if path else ""
     if not isinstance(value, dict):
         raise _wrong(path or "the file", source, "a group of settings", value)
     hints = get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
+    known = [_key(field) for field in fields(kind)]
     for key in value:
         if key not in known:
             raise ConfigError(f"{source}: {where}{key} is not a setting{nearest(str(key), known)}")
     missing = [name for name in known if name not in value]
     if missing:
         raise ConfigError(f"{source}: {where}{missing[0]} is missing")
-    built = {name: build(hints[name], value[name], f"{where}{name}", source) for name in known}
+    built = {
+        field.name: build(hints[field.name], value[_key(field)], f"{where}{_key(field)}", source)
+        for field in fields(kind)
+    }
     try:
         return kind(**built)
     except ValueError as error:
         raise ConfigError(f"{source}: {where}{error}") from error
+
+
+def _key(field: Field) -> str:
+    """A field's name in YAML; `from_` is spelt `from`, which Python keeps for itself."""
+    return field.name.removesuffix("_")
 
 
 def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
@@ -143,7 +167,7 @@ def _wrong(path: str, source: str, expected: str, value: Any) -> ConfigError:
 def to_tree(config: Any) -> Any:
     """The plain dicts and lists of a dataclass, ready for YAML or JSON."""
     if is_dataclass(config):
-        return {field.name: to_tree(getattr(config, field.name)) for field in fields(config)}
+        return {_key(field): to_tree(getattr(config, field.name)) for field in fields(config)}
     return [to_tree(item) for item in config] if isinstance(config, tuple) else config
 
 

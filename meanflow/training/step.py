@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from meanflow.objective import MeanFlowLoss, meanflow_loss
+from meanflow.guidance import guided_velocity
+from meanflow.objective import MeanFlowLoss, interpolate, meanflow_loss
+from meanflow.tangent import Network, value_and_tangent
 from meanflow.training.batches import MicroBatch
 from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
 from meanflow.training.distributed import GradientSum
@@ -29,17 +31,36 @@ def configure_numerics(config: TrainConfig) -> None:
 
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
     """The loss of a micro-batch; networks run under bf16 autocast if the recipe says so, the target never does."""
-    call = torch.compile(network, dynamic=False) if config.train.compile else network
     bf16 = config.train.precision == "bf16"
+    # Compiled as a whole: PyTorch runs a compiled *network* eagerly, without a word, inside its own jvp.
+    derivative = (
+        torch.compile(value_and_tangent, dynamic=False, fullgraph=True) if config.train.compile else value_and_tangent
+    )
 
     def velocity(z, t, r, **cond):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            return call(z, t, r, **cond)
+            return network(z, t, r, **cond)
 
     def loss(batch: MicroBatch) -> MeanFlowLoss:
-        return meanflow_loss(velocity, batch.x, batch.eps, batch.t, batch.r, config.loss, **batch.cond)
+        cond, v = batch.cond, None
+        if config.guidance is not None:
+            network.eval()
+            v = _guided(velocity, batch, config)
+            network.train()
+            null = torch.full_like(cond["class_labels"], config.model.classes)
+            dropped = batch.dropped.to(device, non_blocking=True)
+            cond = {**cond, "class_labels": torch.where(dropped, null, cond["class_labels"])}
+        return meanflow_loss(velocity, batch.x, batch.eps, batch.t, batch.r, config.loss, v, derivative, **cond)
 
     return loss
+
+
+def _guided(u: Network, batch: MicroBatch, config: RunConfig) -> Tensor:
+    """The guided velocity of a micro-batch. Two passes as one fill a GPU better; a CPU is full with one."""
+    z = interpolate(batch.x, batch.eps, batch.t.to(batch.x, non_blocking=True))
+    together, null = z.device.type != "cpu", config.model.classes
+    v = batch.eps - batch.x
+    return guided_velocity(u, z, batch.t, v, batch.dropped, null, config.guidance, together, **batch.cond)
 
 
 def accumulate(
