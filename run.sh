@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One command for everything:
 #   bash run.sh                        list the recipes
-#   bash run.sh NAME [options]         run recipes/NAME.yaml: set up, train (or continue), sample, score, plot
+#   bash run.sh NAME [options]         run recipes/NAME.yaml: set up, train (or continue), sample, score, plot;
+#                                      or the rows of recipes/tables/NAME.yaml, and compare them
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
 #   bash run.sh test [pytest options]  run the tests;  bash run.sh lint: style
@@ -17,7 +18,7 @@ list_recipes() {
   echo "bash run.sh NAME [--dry-run] [--set key.path=value ...] [--out DIR]      bash run.sh test"
   echo
   local file
-  for file in recipes/*.yaml; do
+  for file in recipes/*.yaml recipes/tables/*.yaml; do
     printf '  %-16s %s\n' "$(basename "$file" .yaml)" "$(sed -n 's/^description: *"\{0,1\}\([^"]*\)"\{0,1\} *$/\1/p' "$file" | head -n 1)"
   done
 }
@@ -65,19 +66,24 @@ case "$name" in
   "" | -h | --help) list_recipes; exit 0 ;;
   test)
     shift
-    set_up requirements.txt requirements-dev.txt
+    set_up requirements.txt requirements-imagenet.txt requirements-dev.txt
     exec "$python" -m pytest "$@" ;;
   lint)
-    set_up requirements.txt requirements-dev.txt
+    set_up requirements.txt requirements-imagenet.txt requirements-dev.txt
     "$python" -m ruff check .
     exec "$python" -m ruff format --check . ;;
 esac
 shift
-[ -f "recipes/$name.yaml" ] || { list_recipes >&2; echo >&2; die "there is no recipe named '$name'"; }
-set_up requirements.txt
+if [ -f "recipes/$name.yaml" ]; then job=(eval.run "recipes/$name.yaml")
+elif [ -f "recipes/tables/$name.yaml" ]; then job=(eval.table "recipes/tables/$name.yaml")
+else list_recipes >&2; echo >&2; die "there is no recipe named '$name'"
+fi
+needed=(requirements.txt)
+if grep -qE '^ *vae: *[^ ]*/' "${job[1]}"; then needed+=(requirements-imagenet.txt); fi  # it decodes with a VAE
+set_up "${needed[@]}"
 
 processes="${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 if [ "$processes" != 1 ]; then
-  exec "$python" -m eval.launch "$processes" "recipes/$name.yaml" "$@"  # torchrun's agent, with our exit codes
+  exec "$python" -m eval.launch "$processes" "${job[@]}" "$@"  # torchrun's agent, with our exit codes
 fi
-exec "$python" -m eval.run "recipes/$name.yaml" "$@"
+exec "$python" -m "${job[@]}" "$@"

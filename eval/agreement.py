@@ -18,7 +18,7 @@ from eval.generate import Model, generate, load_model, to_uint8
 from eval.subjects import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
-from meanflow.errors import UserError
+from meanflow.errors import UserError, run_main
 from meanflow.training.config import RunConfig
 from meanflow.training.run_folder import RunFolder
 
@@ -101,3 +101,7 @@ def _real_images(config: RunConfig) -> Dataset:
 
 def _features(images: Tensor) -> np.ndarray:
     return images.flatten(1).numpy() / 255.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,9 +1,10 @@
-"""`python -m eval.launch N RECIPE …`: eval.run by N processes of this machine, one for each GPU. `run.sh` calls it.
+"""`python -m eval.launch N MODULE …`: eval.run or eval.table by N processes, one for each GPU. `run.sh` calls it.
 
 torchrun's own agent does the work. Added are its manners: a wrong setting is one line and not one for each process,
 the exit code is the one that a single process would have ended with, and Ctrl-C leaves time to save.
 """
 
+import importlib
 import logging
 import os
 import signal
@@ -16,7 +17,6 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from eval.run import parse
 from meanflow.errors import (
     EXIT_ASSET,
     EXIT_INCOMPLETE,
@@ -26,8 +26,6 @@ from meanflow.errors import (
     UserError,
     run_main,
 )
-from meanflow.training.batches import split_batch
-from meanflow.training.config import load_config
 from meanflow.training.signals import EXIT_TERMINATED
 
 SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in logging.flush_every steps
@@ -35,13 +33,12 @@ EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERR
 
 
 def main(argv: list[str] | None = None) -> int:
-    count, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    count, module, *arguments = sys.argv[1:] if argv is None else argv
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"NPROC={count}: the number of processes must be 1 or more")
-    args = parse(arguments)
-    split_batch(load_config(args.recipe, args.set), int(count))
+    importlib.import_module(module).check(arguments, int(count))
     with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
-        return launch(int(count), ["-m", "eval.run", *arguments], Path(logs))
+        return launch(int(count), ["-m", module, *arguments], Path(logs))
 
 
 def launch(count: int, program: list[str], logs: Path) -> int:

@@ -13,6 +13,7 @@ from eval.plot import plot
 from eval.sample import class_labels, write
 from eval.score import ScoreDuring, floor, preflight, score_run
 from meanflow.errors import run_main
+from meanflow.training.batches import split_batch
 from meanflow.training.config import RunConfig, config_to_yaml, load_config
 from meanflow.training.distributed import Processes, start_processes, stop_processes
 from meanflow.training.estimate import estimate
@@ -48,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         return job(config, run, processes)
     finally:
         stop_processes()
+
+
+def check(argv: list[str], world: int) -> None:
+    """What can be known before processes start. Raises ConfigError."""
+    args = parse(argv)
+    split_batch(load_config(args.recipe, args.set), world)
 
 
 def job(config: RunConfig, run: RunFolder, processes: Processes) -> int:

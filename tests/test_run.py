@@ -453,7 +453,7 @@ def test_run_sh_with_two_processes(tmp_path):
 )
 def test_a_launch_that_cannot_be_is_one_line_not_one_a_process(recipe, capsys, arguments, part):
     count, *options = arguments
-    assert run_main(launch_module.main, [count, str(recipe()), *options]) == 2
+    assert run_main(launch_module.main, [count, "eval.run", str(recipe()), *options]) == 2
     assert part in one_line(capsys.readouterr().err)
 
 
