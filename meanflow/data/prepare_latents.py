@@ -267,10 +267,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # torchrun's
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
+    world = int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    prepare(config, rank, max(world, 1), device, args.skip_broken, args.batch, say, args.shard)
+    prepare(config, rank, world, device, args.skip_broken, args.batch, say, args.shard)
     return 0
 
 
