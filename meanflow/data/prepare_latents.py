@@ -85,11 +85,12 @@ def prepare(
         open_latents(folder, config)  # says what is wrong with it
         return
     with ExitStack() as stack:
-        stack.enter_context(_hold(folder, rank))
-        remove_leftovers(folder, rank, world)
         listing = stack.enter_context(open_listing(config, world))
         codec = open_codec(config.vae, device, config.decode_precision, config.decode_batch)
-        plan = _settle(folder, _plan(config, listing, codec, shard_images), rank)
+        wanted = _plan(config, listing, codec, shard_images)
+        stack.enter_context(_hold(folder, rank))
+        remove_leftovers(folder, rank, world)
+        plan = _settle(folder, wanted, rank)
         todo = [k for k in range(rank, plan.shards, world) if shard_entry(folder, plan, k) is None]
         _warn_of_space(folder, plan, world, todo, say)
         _encode(folder, plan, listing, codec, todo, rank, skip_broken, batch)
@@ -237,6 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, help="pixels a side after ADM's centre crop (256)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="where images has train/ and val/ (train)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images encoded at once ({BATCH})")
+    parser.add_argument(
+        "--shard", type=int, default=SHARD_IMAGES, help=f"images a shard, in a new folder ({SHARD_IMAGES})"
+    )
     parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable images and list them")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to encode (CUDA where there is one)")
     parser.add_argument("--verify", metavar="DIR", help="compare the checksums of finished latents and stop")
@@ -246,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         latents = verify(Path(args.verify).expanduser())
         say(f"{args.verify}: {len(latents):,} latents, intact")
         return 0
-    if not args.images or not args.out or args.batch < 1:
-        parser.error("--images, --out and a positive --batch are needed, or --verify")
+    if not args.images or not args.out or min(args.batch, args.shard) < 1:
+        parser.error("--images and --out are needed, with --batch and --shard at least 1, or --verify alone")
     try:
         config = LatentsConfig(
             kind="latents",
@@ -263,10 +267,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))  # torchrun's
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
+    world = int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    prepare(config, rank, max(world, 1), device, args.skip_broken, args.batch, say)
+    prepare(config, rank, world, device, args.skip_broken, args.batch, say, args.shard)
     return 0
 
 

@@ -251,10 +251,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises AssetError if it is missing or damaged, ConfigError for one of another version."""
     path = folder / MANIFEST
     if not path.exists():
-        if not folder.exists():
-            raise AssetError(f"{folder}: no such folder of latents: set data.images to the images to prepare them from")
-        begun = "is unfinished: the command that began it continues it" if (folder / PLAN).exists() else "is missing"
-        raise AssetError(f"{folder}: has no {MANIFEST}, so the preparation of latents {begun}")
+        if (folder / PLAN).exists():
+            raise AssetError(f"{folder}: its latents are unfinished: the command that began them continues them")
+        raise AssetError(f"{folder}: has no latents: set data.images to the images to prepare them from")
     tree = _read_json(path)
     plan = _plan(tree, path)
     try:

@@ -1,0 +1,170 @@
+"""Codecs: pixels rearranged exactly, and diffusers' AutoencoderKL with everything that can be wrong with its files."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from latent_helpers import save_tiny_vae
+
+from meanflow.data.codec import SD_SCALE, open_codec, sha256_file
+from meanflow.errors import AssetError, ConfigError
+
+SPACE_TO_DEPTH = ("space-to-depth", "cpu", "fp32", 4)
+
+
+def some_images(n: int = 3, channels: int = 3, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
+
+
+# Space to depth
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_space_to_depth_round_trip_is_exact(channels):
+    codec = open_codec(*SPACE_TO_DEPTH)
+    every = torch.arange(256, dtype=torch.uint8).repeat(channels).view(1, channels, 16, 16)
+    mean, std = codec.encode(every)
+    assert mean.shape == (1, *codec.latent_shape(channels, 16)) == (1, 4 * channels, 8, 8)
+    assert (std == 0).all() and mean.min() == -1 and mean.max() == 1 and codec.scale == 1
+    stored = mean.half().float()  # as it is kept on disk
+    back = codec.decode(stored * codec.scale)
+    assert torch.equal((127.5 * back + 128).to(torch.uint8), every)  # the evaluator's truncation
+
+
+def test_space_to_depth_keeps_each_2x2_block_together():
+    image = some_images(1, 1, 8)
+    mean, _ = open_codec(*SPACE_TO_DEPTH).encode(image)
+    block = mean[0, :, 1, 2] * 127.5 + 127.5
+    assert block.round().tolist() == image[0, 0, 2:4, 4:6].flatten().tolist()
+
+
+def test_space_to_depth_needs_an_even_size():
+    with pytest.raises(ConfigError, match=r"even data\.image_size, not 7"):
+        open_codec(*SPACE_TO_DEPTH).latent_shape(1, 7)
+
+
+# AutoencoderKL
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
+
+
+def opened(vae, precision="fp32", batch=2):
+    return open_codec(str(vae), "cpu", precision, batch)
+
+
+def test_the_vae_is_diffusers_own(vae):
+    from diffusers import AutoencoderKL
+
+    codec, plain, images = opened(vae), AutoencoderKL.from_pretrained(vae), some_images()
+    assert codec.scale == SD_SCALE == 0.18215
+    assert codec.record == {"name": str(vae), "sha256": sha256_file(vae / "diffusion_pytorch_model.safetensors")}
+    assert codec.latent_shape(3, 16) == (4, 8, 8)
+    mean, std = codec.encode(images)
+    with torch.no_grad():
+        latent = plain.encode(images.float() / 127.5 - 1).latent_dist
+        decoded = plain.decode(latent.mean).sample
+    assert mean.shape == (3, 4, 8, 8) and mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, latent.mean)
+    torch.testing.assert_close(std, latent.std)
+    torch.testing.assert_close(codec.decode(mean * SD_SCALE), decoded, atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_in_parts_and_in_bf16(vae):
+    z = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts, half = opened(vae, batch=5).decode(z), opened(vae, batch=2).decode(z), opened(vae, "bf16").decode(z)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert half.dtype == torch.float32 and not whole.requires_grad
+    difference = (half - whole).abs().max()
+    assert 0 < difference < 0.05 * whole.abs().max()
+
+
+def test_images_that_the_vae_does_not_take(vae):
+    with pytest.raises(ConfigError, match="images of 3 channels, not 1"):
+        opened(vae).latent_shape(1, 16)
+    with pytest.raises(ConfigError, match="15 is not a multiple of 2"):
+        opened(vae).latent_shape(3, 15)
+
+
+def refused(vae, *texts):
+    with pytest.raises(AssetError) as caught:
+        opened(vae)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith(f"data.vae {vae}") and all(text in line for text in texts), line
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"scaling_factor": 0.13025}, "has scaling_factor 0.13025"),
+        ({"scaling_factor": 0.18125}, "has scaling_factor 0.18125"),  # the typo that travelled
+        ({"shift_factor": 0.1159}, "has shift_factor"),
+        ({"latents_mean": [0.0] * 4}, "has latents_mean"),
+        ({"_class_name": "AutoencoderTiny"}, "of the kind AutoencoderTiny"),
+        ({"latent_channels": 8}, "cannot be loaded"),
+        ({"layers_per_block": 2}, "does not fit its config.json (missing"),
+        ({"layers_per_block": 0}, "does not fit its config.json (unexpected"),
+    ],
+)
+def test_another_vae_than_its_files_should_be(vae, tmp_path, change, text):
+    copy = save_tiny_vae(tmp_path / "vae")
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    refused(copy, text)
+
+
+def test_a_config_that_states_no_scale_has_stable_diffusions(vae, tmp_path):
+    config = save_tiny_vae(tmp_path / "vae") / "config.json"
+    tree = json.loads(config.read_text())
+    del tree["scaling_factor"]
+    config.write_text(json.dumps(tree))
+    assert opened(config.parent).scale == SD_SCALE
+
+
+def test_files_that_are_missing_or_damaged(vae, tmp_path):
+    copy = save_tiny_vae(tmp_path / "vae")
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (b"", b"junk", whole[:-9], whole[:100], b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(damage)
+        refused(copy, "cannot be loaded")
+    weights.write_bytes(whole)
+    (copy / "config.json").write_text("{")
+    refused(copy, "config.json is missing or not")
+    weights.unlink()
+    (copy / "diffusion_pytorch_model.bin").write_bytes(b"a pickle, perhaps")
+    refused(copy, "there is no diffusion_pytorch_model.safetensors", "can run code")
+
+
+def test_a_hub_name_without_network(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("stabilityai/sd-vae-ft-mse", "cannot be downloaded", "hf download stabilityai/sd-vae-ft-mse config.json")
+    refused("no/such/name", "cannot be downloaded")
+
+
+def test_a_hub_name_that_is_cached(vae, monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--vae"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    shutil.copytree(vae, repository / "snapshots" / "0123abc")
+    codec = opened("some/vae")
+    assert codec.record == {"name": "some/vae", "sha256": opened(vae).record["sha256"]}
+
+
+def test_without_diffusers(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("stabilityai/sd-vae-ft-mse", "pip install -r requirements-imagenet.txt")
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    refused(tmp_path, "pip install -r requirements-imagenet.txt")
