@@ -1,0 +1,227 @@
+"""What `eval.bench` reports of one recipe: the steps, and the figures that this project set out to reach."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eval.bench_clock import Spread, cpu_has_bf16, matrix_rate, ratio, take_turns
+from eval.bench_steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
+from eval.generate import WEIGHTS, Model, generate, to_uint8
+from meanflow.data import Dataset
+from meanflow.objective import MeanFlowLoss
+from meanflow.training.batches import BatchStream
+from meanflow.training.config import RunConfig, TrainConfig
+from meanflow.training.distributed import Processes
+from meanflow.training.metrics import MetricsLog, StepSums
+from meanflow.training.network import count_parameters
+from meanflow.training.state import TrainState
+
+ROWS = ("step", "memory", "plain", "outside", "sampling")
+MET, NOT_MET, NO_FIGURE = "met", "not met", "no figure was set"
+IMAGES = 256  # random ones that stand for the data set
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure, what to reach (as text, and as a bound), and whether it does; or why it could not be measured here."""
+
+    name: str
+    figure: Spread | None
+    reach: float | None
+    at_most: bool
+    missing: str = ""
+
+    @property
+    def state(self) -> str:
+        if self.figure is None:
+            return f"not measurable here: {self.missing}"
+        if self.reach is None:
+            return NO_FIGURE
+        met = self.figure.median <= self.reach if self.at_most else self.figure.median >= self.reach
+        return MET if met else NOT_MET
+
+
+@dataclass(frozen=True)
+class StepResult:
+    name: str
+    seconds: Spread
+    images_per_s: float
+    flops: int
+    tflops_per_s: float
+    of_matrix_rate: float
+    memory_mb: float | None  # peak, of a process of its own; None if not asked for
+
+
+@dataclass(frozen=True)
+class Report:
+    recipe: str
+    parameters: int
+    batch: int
+    share: float  # of r ≠ t
+    matrix_rates: dict[str, float]  # FLOP/s by precision
+    steps: list[StepResult]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of one recipe."""
+
+    recipe: Path
+    overrides: tuple[str, ...]
+    batch: int
+    rounds: int
+    precisions: tuple[str, ...]
+    jvps: tuple[str, ...]
+    compile: bool
+    rows: tuple[str, ...]
+    device: torch.device
+
+    def setting(self, way: str, precision: str, compile: bool = False) -> Setting:
+        return Setting(self.recipe, self.overrides, self.batch, way, precision, compile)
+
+    @property
+    def plain(self) -> Setting:
+        """The baseline: eager float32 on a CPU; TF32 on a GPU, compiled if anything is."""
+        cuda = self.device.type == "cuda"
+        return self.setting(PLAIN, "tf32" if cuda else "fp32", cuda and self.compile)
+
+    def settings(self) -> list[Setting]:
+        chosen = []
+        for precision in self.precisions:
+            chosen += [self.setting(way, precision) for way in (FLOW_MATCHING, *self.jvps)]
+            if self.compile:
+                chosen += [self.setting(way, precision, compile=True) for way in (FLOW_MATCHING, self.jvps[0])]
+        return chosen + ([self.plain] if "plain" in self.rows else [])
+
+
+def measure(plan: Plan, say: Callable[[str], None]) -> Report:
+    """Run everything that `plan` names. Raises ConfigError."""
+    settings, device = plan.settings(), plan.device
+    memory: dict[str, float] = {}
+    if "memory" in plan.rows:  # first, while this process is small
+        for setting in settings:
+            say(f"{plan.recipe.stem}: peak memory of {setting.name}")
+            memory[setting.name] = peak_memory(setting, device)
+    say(f"{plan.recipe.stem}: {len(settings)} steps, {plan.rounds} rounds")
+    steps, state = {}, None
+    for setting in settings:
+        step = Step(setting, device, None if setting.way == PLAIN else state)
+        state = state or (None if setting.way == PLAIN else step.state)
+        steps[setting.name] = step
+    seconds = take_turns(steps, plan.rounds, device)
+    ours = steps[settings[0].name]
+    rates = {s.precision: matrix_rate(steps[s.name].config.train, device) for s in settings}
+    config = plan.setting(plan.jvps[0], plan.precisions[0]).config()
+    results = [_step_result(steps[s.name], seconds[s.name], rates[s.precision], memory.get(s.name)) for s in settings]
+    rows = _rows(plan, config, seconds, memory)
+    if "outside" in plan.rows:
+        rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, device))
+    if "sampling" in plan.rows:
+        rows.append(_sampling(config, ours.state, plan))
+    parameters = count_parameters(ours.state.network)
+    return Report(plan.recipe.stem, parameters, plan.batch, config.times.ratio, rates, results, rows)
+
+
+def _step_result(step: Step, seconds: list[float], rate: float, memory: float | None) -> StepResult:
+    spread, flops = Spread.of(seconds), 0 if step.config.train.compile else step.flops()
+    achieved = flops / spread.median
+    images = step.setting.batch / spread.median
+    return StepResult(step.setting.name, spread, images, flops, achieved / 1e12, achieved / rate, memory)
+
+
+def _rows(plan: Plan, config: RunConfig, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[Row]:
+    """The ratios of steps. The first of `plan.precisions` counts where a row names none."""
+    cifar10 = config.times.ratio == 0.75
+    flow_matching, meanflow = (plan.setting(way, plan.precisions[0]).name for way in (FLOW_MATCHING, plan.jvps[0]))
+    rows = []
+    if "step" in plan.rows:
+        reach = {0.75: 1.35, 0.25: 1.12}.get(config.times.ratio)
+        name = f"MeanFlow / Flow Matching step, r≠t {config.times.ratio:.0%}"
+        rows.append(Row(name, ratio(seconds[meanflow], seconds[flow_matching]), reach, True))
+    if "memory" in plan.rows:
+        figure = Spread.of([memory[meanflow] / memory[flow_matching]])
+        rows.append(Row("peak memory, MeanFlow / Flow Matching step", figure, 1.2 if cifar10 else None, True))
+    if "plain" in plan.rows:
+        rows += [_against_plain(plan, seconds, *wanted, cifar10) for wanted in _plain_targets()]
+    return rows
+
+
+def _plain_targets() -> list[tuple[str, str, float]]:
+    return [("cpu", "fp32", 1.5), ("cpu", "bf16", 2.5), ("cuda", "tf32", 1.3), ("cuda", "bf16", 2.0)]
+
+
+def _against_plain(
+    plan: Plan, seconds: dict[str, list[float]], kind: str, precision: str, reach: float, cifar10: bool
+) -> Row:
+    """Images/s of the fastest of our steps in `precision` over the plain one's."""
+    baseline = "plain fp32 step" if kind == "cpu" else "plain TF32 step"
+    name = f"images/s, {precision} on a {'CPU' if kind == 'cpu' else 'GPU'}, against the {baseline}"
+    bound = reach if cifar10 else None
+    ours = [plan.setting(plan.jvps[0], precision, compiled).name for compiled in (False, True)]
+    measured = [seconds[name] for name in ours if name in seconds]
+    if plan.device.type != kind:
+        return Row(name, None, bound, False, f"this is a {'CPU' if kind == 'cuda' else 'GPU'}")
+    if kind == "cpu" and precision == "bf16" and not cpu_has_bf16():
+        return Row(name, None, bound, False, "this CPU has no bf16 instructions")
+    if not measured:
+        return Row(name, None, bound, False, f"{precision} is not among --precisions")
+    fastest = min(measured, key=lambda values: Spread.of(values).median)
+    return Row(name, ratio(seconds[plan.plain.name], fastest), bound, False)
+
+
+def _outside(config: RunConfig, state: TrainState, step_seconds: float, device: torch.device) -> Row:
+    """What the training loop does besides forward, backward and optimiser, each part timed alone: an upper bound,
+    since on a GPU much of it overlaps with the step."""
+    name = "share of the step for data, augmentation, EMA and metrics"
+    alone, model, batch = Processes(0, 1, device), config.model, config.train.batch
+    generator = torch.Generator().manual_seed(0)
+    shape = (IMAGES, model.channels, model.image_size, model.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.arange(IMAGES) % max(model.classes, 1)
+    stream = BatchStream(Dataset(images, labels, tuple(str(k) for k in range(model.classes))), config, alone)
+    numbers = torch.rand(batch, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(Path(folder) / "metrics.jsonl", alone, config.logging.flush_every, 0.0)
+
+        def metrics() -> None:
+            for k in range(config.logging.flush_every):
+                sums = StepSums(device, False)
+                sums.add(numbers, numbers, batch // 2)
+                log.record(k, 0, batch, 0.0, sums, numbers[0])
+                if log.due:
+                    log.flush()
+
+        every = {"data": 1, "ema": config.ema.every, "metrics": config.logging.flush_every}
+        work = {
+            "data": lambda: list(stream.micro_batches(0)),
+            "ema": lambda: state.ema.update(config.ema.every),
+            "metrics": metrics,
+        }
+        seconds = take_turns(work, 5, device)
+    shares = [sum(seconds[part][k] / every[part] for part in work) / step_seconds for k in range(5)]
+    return Row(name, Spread.of(shares), 0.03, True)
+
+
+def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
+    """Rate of noise → network → uint8 on the host, as a share of the bare forward pass's."""
+    network, device = state.network.eval(), plan.device
+    model = Model(network, config, plan.recipe, WEIGHTS, {})
+    labels = torch.arange(plan.batch) % config.model.classes if config.model.classes else None
+    z = torch.randn(plan.batch, *model.shape, device=device).contiguous(memory_format=torch.channels_last)
+    cond = {} if labels is None else {"class_labels": labels.to(device)}
+    t, r = torch.ones(plan.batch, device=device), torch.zeros(plan.batch, device=device)
+
+    @torch.no_grad()
+    def forward() -> None:
+        network(z, t, r, **cond)
+
+    def sampling() -> None:
+        to_uint8(generate(model, 0, plan.batch, 1, 0, labels)).cpu()
+
+    seconds = take_turns({"forward": forward, "sampling": sampling}, plan.rounds, device)
+    name = "one-step sampling rate / forward pass rate"
+    return Row(name, ratio(seconds["forward"], seconds["sampling"]), 0.9, False)
