@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from eval.generate import Model, generate, load_model, to_uint8
+from eval.grid import columns_of
 from eval.plot import plot
-from eval.sample import class_labels, write
+from eval.sample import captions, class_labels, write
 from eval.score import ScoreDuring, floor, preflight, score_run
 from meanflow.errors import run_main
 from meanflow.training.batches import split_batch
@@ -95,9 +96,10 @@ def _warn(config: RunConfig, processes: Processes) -> None:
 def _sample(config: RunConfig, run: RunFolder, processes: Processes) -> None:
     """The grid that the recipe asks for, as samples.png."""
     model: Model = load_model(run.path, repr(config.ema.eval), processes.device)
-    labels = class_labels(model, config.sample.count, None)
+    columns = columns_of(config.sample.count, config.sample.columns)
+    labels = class_labels(model, config.sample.count, None, columns)
     images = generate(model, 0, config.sample.count, config.sample.steps, config.sample.seed, labels)
-    write(to_uint8(images).cpu(), run.path / "samples.png", config.sample.columns)
+    write(to_uint8(images).cpu(), run.path / "samples.png", columns, captions(model, labels, columns))
 
 
 def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any]]) -> str:

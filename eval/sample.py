@@ -1,35 +1,32 @@
 """`python -m eval.sample RUN`: images from a run folder or checkpoint, as a grid, a folder of PNGs, or an npz."""
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from eval.generate import Model, generate, load_model, to_uint8
+from eval.grid import class_names, columns_of, grid, pil, row_labels
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.progress import progress_bar
 from meanflow.training.run_folder import RunFolder
-
-SMOOTH_BELOW = 16
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(args.what, args.ema, device)
-    labels = class_labels(model, args.n, args.label)
     out = args.out or _default_out(args, model)
+    columns = columns_of(args.n, args.columns)
+    labels = class_labels(model, args.n, args.label, columns if out.suffix == ".png" else None)
     chunks = []
     for start in progress_bar(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
         stop = min(start + args.batch, args.n)
         chosen = None if labels is None else labels[start:stop]
         chunks.append(to_uint8(generate(model, start, stop, args.steps, args.seed, chosen), args.quantise).cpu())
-    write(torch.cat(chunks), out, args.columns)
+    write(torch.cat(chunks), out, columns, captions(model, labels, columns))
     print(f"{args.n} samples, NFE {args.steps}, EMA {model.ema}, step {model.meta['step']:,}, seed {args.seed} → {out}")
     return 0
 
@@ -41,7 +38,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1, help="network evaluations a sample, NFE (1)")
     parser.add_argument("--seed", type=int, default=0, help="sample k depends on (seed, k) alone (0)")
     parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
-    parser.add_argument("--label", type=int, help="the class to ask for; by default each in turn (conditional runs)")
+    parser.add_argument("--label", type=int, help="the class to ask for (each in turn; in a grid, one a row)")
     parser.add_argument("--batch", type=int, default=256, help="samples at once (256)")
     parser.add_argument("--columns", type=int, help="columns of the grid (about square)")
     parser.add_argument("--quantise", choices=("round", "floor"), default="round", help="how to make uint8 (round)")
@@ -71,58 +68,45 @@ def _default_out(args: argparse.Namespace, model: Model) -> Path:
     return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}-seed{args.seed}{label}.png"
 
 
-def class_labels(model: Model, n: int, label: int | None) -> Tensor | None:
-    """(n,) int64: `label`, or each class in turn; None if unconditional. Raises UserError for a class not there."""
+def class_labels(model: Model, n: int, label: int | None, columns: int | None = None) -> Tensor | None:
+    """(n,) int64: `label`, or each class in turn, or in a grid of `columns` a class for each row.
+
+    None if unconditional. Raises UserError for a class that is not there.
+    """
     classes = model.config.model.classes
     if not classes:
         if label is not None:
             raise UserError(f"{model.path}: is unconditional, it knows no --label")
         return None
     if label is None:
-        return torch.arange(n) % classes
+        return torch.arange(n) % classes if columns is None else row_labels(n, columns, classes)
     if not 0 <= label < classes:
         raise UserError(f"--label must be in 0 … {classes - 1}, got {label}")
     return torch.full((n,), label)
 
 
-def write(images: Tensor, out: Path, columns: int | None = None) -> None:
+def captions(model: Model, labels: Tensor | None, columns: int) -> list[str] | None:
+    """What stands beside each row of a grid: the name of its class, where the run knows it and the row has just one."""
+    if labels is None or not model.meta["data"]["classes"]:
+        return None
+    names, rows = class_names(model.meta["data"]["classes"]), labels.split(columns)
+    return [names[row[0]] if (row == row[0]).all() else "" for row in rows]
+
+
+def write(images: Tensor, out: Path, columns: int | None = None, captions: list[str] | None = None) -> None:
     """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs. Raises AssetError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
-            grid(images, columns).save(out)
+            grid(images, columns_of(len(images), columns), captions).save(out)
         elif out.suffix == ".npz":
             np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
         else:
             out.mkdir(exist_ok=True)
             for k, image in enumerate(images):
-                _pil(image).save(out / f"{k:06d}.png")
+                pil(image).save(out / f"{k:06d}.png")
     except OSError as error:
         raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
-
-
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Tile uint8 (N, C, H, W) on white, enlarged by a whole factor to about 800 pixels.
-
-    Images of fewer than 16 pixels a side are enlarged smoothly, since the eye cannot read them as squares.
-    """
-    n, channels, height, width = images.shape
-    columns = min(columns or math.ceil(math.sqrt(n)), n)
-    rows = -(-n // columns)
-    scale = max(1, min(8, 800 // (columns * width)))
-    mode = "bicubic" if max(height, width) < SMOOTH_BELOW else "nearest"
-    images = F.interpolate(images.float(), scale_factor=scale, mode=mode).round().clamp(0, 255).to(torch.uint8)
-    height, width = height * scale + gap, width * scale + gap
-    canvas = torch.full((channels, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
-    for k, image in enumerate(images):
-        y, x = gap + k // columns * height, gap + k % columns * width
-        canvas[:, y : y + height - gap, x : x + width - gap] = image
-    return _pil(canvas)
-
-
-def _pil(image: Tensor) -> Image.Image:
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 if __name__ == "__main__":

@@ -95,25 +95,6 @@ def test_the_line_it_prints_names_what_was_done(trained, tmp_path, capsys):
         assert part in line
 
 
-@pytest.mark.parametrize(
-    ("n", "columns", "shape"), [(1, None, (1, 1)), (5, None, (3, 2)), (7, 4, (4, 2)), (3, 9, (3, 1))]
-)
-def test_the_grid_has_the_columns_asked_for(n, columns, shape):
-    width, height = module.grid(torch.zeros(n, 1, 8, 8, dtype=torch.uint8), columns).size
-    assert (width // 64, height // 64) == shape
-
-
-def test_the_grid_shows_single_pixels():
-    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    grid = np.array(module.grid(images, columns=2))
-    scale, side = 8, 16 * 8 + 2
-    assert grid.shape == (2 * side + 2, 2 * side + 2, 3)
-    for k, image in enumerate(images):
-        y, x = (2 + i * side for i in divmod(k, 2))
-        enlarged = image.permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-        assert np.array_equal(grid[y : y + 16 * scale, x : x + 16 * scale], enlarged), k
-
-
 # --- a sample depends on its seed alone ------------------------------------------------------------------------
 
 
@@ -191,6 +172,18 @@ def test_labels_take_turns_or_are_chosen(trained_with_classes, tmp_path):
     turns, zeros, ones = map(arrays, files)
     assert np.array_equal(turns[::2], zeros[::2]) and np.array_equal(turns[1::2], ones[1::2])
     assert not np.array_equal(zeros, ones)
+
+
+def test_a_grid_has_a_class_for_each_row(trained_with_classes, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(model, start, stop, steps, seed, labels):
+        asked.extend(labels.tolist())
+        return generate(model, start, stop, steps, seed, labels)
+
+    monkeypatch.setattr(module, "generate", spy)
+    sample(trained_with_classes.path, "--n", 6, "--columns", 3, "--out", tmp_path / "s.png")
+    assert asked == [0, 0, 0, 1, 1, 1]
 
 
 def test_wrong_labels(trained, trained_with_classes):

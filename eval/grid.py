@@ -1,0 +1,68 @@
+"""Samples as one picture: tiled, enlarged where they are small, a row for each class with its name."""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+SMOOTH_BELOW = 16  # pixels a side: smaller images are enlarged smoothly, since the eye cannot read them as squares
+WIDTH = 800  # about, in pixels
+CAPTION = 18  # height of the letters
+
+
+def columns_of(n: int, columns: int | None) -> int:
+    """Columns of a grid of n images: as asked, else about as many as rows."""
+    return min(columns or math.ceil(math.sqrt(n)), n)
+
+
+def row_labels(n: int, columns: int, classes: int) -> Tensor:
+    """The class of each image where every row has one: (n,) int64. Few rows have classes from all over their range."""
+    rows = -(-n // columns)
+    row = torch.arange(n) // columns
+    return row % classes if rows >= classes else row * classes // rows
+
+
+def class_names(names: list[str]) -> list[str]:
+    """Names to be read: those of ImageNet's 1000 classes in place of their WordNet numbers, else as they are."""
+    if len(names) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from torchvision.models import ResNet50_Weights
+
+    return ResNet50_Weights.DEFAULT.meta["categories"]  # in the order of the sorted numbers
+
+
+def grid(images: Tensor, columns: int, captions: list[str] | None = None, gap: int = 2) -> Image.Image:
+    """Tile uint8 (N, C, H, W) on white, enlarged by a whole factor to about 800 pixels; `captions` left of the rows."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    scale = max(1, min(8, WIDTH // (columns * width)))
+    mode = "bicubic" if max(height, width) < SMOOTH_BELOW else "nearest"
+    images = F.interpolate(images.float(), scale_factor=scale, mode=mode).round().clamp(0, 255).to(torch.uint8)
+    height, width = height * scale + gap, width * scale + gap
+    canvas = torch.full((channels, rows * height + gap, columns * width + gap), 255, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        y, x = gap + k // columns * height, gap + k % columns * width
+        canvas[:, y : y + height - gap, x : x + width - gap] = image
+    picture = pil(canvas)
+    return picture if captions is None else _captioned(picture, captions, height)
+
+
+def _captioned(picture: Image.Image, captions: list[str], row_height: int) -> Image.Image:
+    font = ImageFont.load_default(CAPTION)
+    margin = 12 + math.ceil(max(font.getlength(caption) for caption in captions))
+    out = Image.new(picture.mode, (picture.width + margin, picture.height), "white")
+    out.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(out)
+    for row, caption in enumerate(captions):
+        middle = (margin - 8, row * row_height + row_height // 2)
+        draw.text(middle, caption, fill=0 if picture.mode == "L" else "black", font=font, anchor="rm")
+    return out
+
+
+def pil(image: Tensor) -> Image.Image:
+    """uint8 (C, H, W), grey or RGB."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
