@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
@@ -89,6 +90,7 @@ class Extractor:
 
 Factory = Callable[[Options, tuple[str, ...]], Extractor]
 _FACTORIES: dict[str, Factory] = {}
+THUMBNAIL = 8  # pixels a side
 
 
 def register(name: str, factory: Factory) -> None:
@@ -246,6 +248,21 @@ def pixels(options: Options, metrics: tuple[str, ...]) -> Extractor:
     return Extractor("pixels", forward, {"fid": "pixels", "kid": "pixels", "prc": "pixels"}, options.device)
 
 
+def thumbnails(options: Options, metrics: tuple[str, ...]) -> Extractor:
+    """The image in [−1, 1], averaged over areas to 8×8, flattened: pixels for images too large for `pixels`.
+
+    It sees colours and coarse shapes, nothing fine. All images of 256² become 192 dimensions.
+    """
+
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        small = functional.adaptive_avg_pool2d(images.float() / 127.5 - 1, THUMBNAIL)
+        return {"thumbnails": small.flatten(1)}
+
+    layers = dict.fromkeys(("fid", "kid", "prc"), "thumbnails")
+    return Extractor("thumbnails", forward, layers, options.device)
+
+
 register(INCEPTION, inception)
+register("thumbnails", thumbnails)
 register("pixels", pixels)
 register("fd-pixels", pixels)

@@ -3,6 +3,7 @@
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data import augment
 from meanflow.guidance import drop_labels
@@ -13,7 +14,7 @@ from meanflow.training.batches import MicroBatch, split_batch
 from meanflow.training.config import RunConfig
 from meanflow.training.distributed import GradientSum, Processes
 from meanflow.training.metrics import StepSums
-from meanflow.training.network import count_parameters
+from meanflow.training.network import build_network, count_parameters
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
@@ -56,6 +57,7 @@ def estimate(config: RunConfig, processes: Processes) -> str:
     return "\n".join(
         [
             f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
+            f"forward pass      {forward_multiply_adds(config) / 1e9:.1f} G multiply-adds an image (papers: FLOPs)",
             f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {processes.world} process(es)",
             f"memory (estimate) {(fixed + activations) / 1e9:.1f} GB a process: {fixed / 1e9:.1f} GB weights, "
             f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
@@ -64,6 +66,19 @@ def estimate(config: RunConfig, processes: Processes) -> str:
             f"about {days:.3g} days at that speed",
         ]
     )
+
+
+def forward_multiply_adds(config: RunConfig) -> int:
+    """Of the network on one sample, counted without computing anything."""
+    model, meta = config.model, torch.device("meta")
+    network = build_network(config, meta)
+    z, time = (
+        torch.zeros(1, model.channels, model.image_size, model.image_size, device=meta),
+        torch.zeros(1, device=meta),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(z, time, time)
+    return counter.get_total_flops() // 2
 
 
 def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBatch:
