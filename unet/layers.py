@@ -25,12 +25,23 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
     """At most 32 groups, at least four channels in each."""
-    groups = min(32, max(1, channels // 4))
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+    def __init__(self, channels: int):
+        groups = min(32, max(1, channels // 4))
+        while channels % groups:
+            groups -= 1
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        # torch.compile cannot trace F.group_norm under torch.func.jvp (PyTorch issue 152185), but fuses this.
+        grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (self.num_groups, -1))
+        variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
+        normal = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Conv(nn.Conv2d):
@@ -68,17 +79,17 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.dropout = dropout
-        self.norm0 = group_norm(in_channels)
+        self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv(in_channels, out_channels, 3, resample)
         self.affine = linear(emb_dim, out_channels)
-        self.norm1 = group_norm(out_channels)
+        self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv(out_channels, out_channels, 3, init=ZERO_INIT)
         self.skip = None
         if resample or in_channels != out_channels:
             self.skip = Conv(in_channels, out_channels, 1, resample)
         self.attention = attention
         if attention:
-            self.norm2 = group_norm(out_channels)
+            self.norm2 = GroupNorm(out_channels)
             self.qkv = Conv(out_channels, 3 * out_channels, 1, init=QKV_INIT)
             self.proj = Conv(out_channels, out_channels, 1, init=ZERO_INIT)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet.embedding import CONDITIONINGS, SinusoidalEmbedding, time_variables
-from unet.layers import ZERO_INIT, Block, Conv, group_norm, linear
+from unet.layers import ZERO_INIT, Block, Conv, GroupNorm, linear
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class UNet(nn.Module):
                 self.dec[f"{size}x{size}_block{i}"] = block(current + skips.pop(), out, attention=attention)
                 current = out
         size = config.image_size
-        self.dec[f"{size}x{size}_aux_norm"] = group_norm(current)
+        self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(current)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(current, config.channels, 3, init=ZERO_INIT)
 
     def run_block(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
