@@ -11,6 +11,7 @@ from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
 from meanflow.training.config import OptimConfig, RunConfig
 from meanflow.training.ema import Ema
+from meanflow.training.guard import Guard
 from meanflow.training.network import build_network
 from meanflow.training.run_folder import environment
 
@@ -22,13 +23,20 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
+    guard: Guard
     step: int = 0
     seconds: float = 0.0
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights and averages, by name."""
+        averages = {f"EMA {decay}": average for decay, average in self.ema.averages.items()}
+        return {"weights": dict(self.network.named_parameters()), **averages}
 
 
 def fresh_state(config: RunConfig, device: torch.device) -> TrainState:
     network = build_network(config, device)
-    return TrainState(network, make_optimizer(network, config.optim), Ema(network, config.ema))
+    guard = Guard(config.train.spike_guard, device)
+    return TrainState(network, make_optimizer(network, config.optim), Ema(network, config.ema), guard)
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -57,6 +65,7 @@ def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) ->
         "seconds": state.seconds,
         "config": settings.to_tree(config),
         "data": data,
+        "spike_guard": state.guard.numbers(),
         "environment": environment(),
     }
     model = {name: p.detach() for name, p in state.network.named_parameters()}
@@ -81,6 +90,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
             else torch.empty_like(like).copy_(value)
             for key, value in values.items()
         }
+    state.guard.restore(checkpoint.meta.get("spike_guard"))
     state.step, state.seconds = checkpoint.meta["step"], checkpoint.meta["seconds"]
 
 
