@@ -9,7 +9,6 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -30,7 +30,9 @@ class Spread:
         return cls(statistics.median(values), low, high)
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each contender in each of `rounds` rounds, after one call each to warm up.
 
     Every other round goes through them backwards, so that what drifts (clock speed, a neighbour's load) meets all

@@ -11,9 +11,8 @@ from eval.bench_clock import Spread, cpu_has_bf16, matrix_rate, ratio, take_turn
 from eval.bench_steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
 from eval.generate import WEIGHTS, Model, generate, to_uint8
 from meanflow.data import Dataset
-from meanflow.objective import MeanFlowLoss
 from meanflow.training.batches import BatchStream
-from meanflow.training.config import RunConfig, TrainConfig
+from meanflow.training.config import RunConfig
 from meanflow.training.distributed import Processes
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.network import count_parameters

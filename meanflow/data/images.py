@@ -83,15 +83,17 @@ def decode_ahead(
     Fewer if they are large: what an archive's files unpack to is in memory until they are decoded.
     """
     pending: deque = deque()
-    sizes: deque = deque()
+    held = 0
     for parts in wanted:
         data = source.read(parts)
-        sizes.append(data.getbuffer().nbytes if isinstance(data, BytesIO) else 0)
-        pending.append((parts, pool.submit(decode, source.name(parts), data)))
-        while len(pending) >= IN_FLIGHT or sum(sizes) > IN_FLIGHT_BYTES:
-            sizes.popleft()
-            yield pending.popleft()
-    yield from pending
+        size = data.getbuffer().nbytes if isinstance(data, BytesIO) else 0
+        pending.append((parts, pool.submit(decode, source.name(parts), data), size))
+        held += size
+        while pending and (len(pending) >= IN_FLIGHT or held > IN_FLIGHT_BYTES):
+            *done, size = pending.popleft()
+            held -= size
+            yield tuple(done)
+    yield from ((parts, future) for parts, future, _ in pending)
 
 
 @contextmanager

@@ -44,9 +44,8 @@ class Guard:
         """For a checkpoint: what `restore` continues from."""
         return None if self.factor is None else torch.stack([self.mean, self.seen, self._skipped]).tolist()
 
-    def restore(self, numbers: list[float] | None) -> None:
-        if numbers is not None:
-            self.mean, self.seen, self._skipped = torch.tensor(numbers, device=self.broken.device)
+    def restore(self, numbers: list[float]) -> None:
+        self.mean, self.seen, self._skipped = torch.tensor(numbers, device=self.broken.device)
 
 
 class NotFinite(NumericsError):
@@ -64,9 +63,10 @@ def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes
     Every process must call it at the same point, with `step` steps done. Waits for the device once. Raises, on all
     of them, NotFinite for the step that would come next, or NumericsError naming the process that has drifted.
     """
-    finite = torch.stack([largest(group.values()).isfinite() for group in tensors.values()]).long()
-    sums = [checksum(group) if processes.world > 1 else finite.new_zeros(()) for group in tensors.values()]
-    mine = torch.cat([finite.new_tensor([step]), finite, torch.stack(sums)])
+    here, groups = processes.device, tensors.values()  # averages may live on the host
+    finite = [largest(group).isfinite().long().to(here) for group in groups]
+    sums = [checksum(group).to(here) if processes.world > 1 else finite[0].new_zeros(()) for group in groups]
+    mine = torch.stack([finite[0].new_tensor(step), *finite, *sums])
     table = mine.new_zeros(processes.world, len(mine))
     table[processes.rank] = mine
     (steps, *columns) = processes.all_reduce(table).T.cpu().tolist()
@@ -79,9 +79,9 @@ def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes
         _same(f"holds other {group}", found, step, processes.world)
 
 
-def largest(tensors) -> Tensor:
-    """The largest magnitude, NaN if there is one, as a device scalar."""
-    return torch.nn.utils.get_total_norm(list(tensors), norm_type=torch.inf)
+def largest(group: dict[str, Tensor]) -> Tensor:
+    """The largest magnitude, NaN if there is one, as a scalar where the tensors are."""
+    return torch.nn.utils.get_total_norm(list(group.values()), norm_type=torch.inf)
 
 
 def checksum(group: dict[str, Tensor]) -> Tensor:

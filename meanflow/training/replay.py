@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from meanflow.data import load_dataset
 from meanflow.errors import ConfigError, run_main
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import Checkpoint, load_checkpoint
 from meanflow.training.config import config_from_tree
 from meanflow.training.distributed import GradientSum, Processes, start_processes
-from meanflow.training.loop import describe
+from meanflow.training.loop import describe, open_data
 from meanflow.training.metrics import StepSums
 from meanflow.training.state import copy_strictly, fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss
@@ -34,15 +33,16 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callab
     config = config_from_tree(checkpoint.meta["config"], where)
     failure, done = checkpoint.meta.get("failure", {}), checkpoint.meta["step"]
     configure_numerics(config.train)
-    dataset = load_dataset(config.data, config.model.image_size, config.model.channels)
+    alone, rows = Processes(0, 1, device), []
+    dataset = open_data(config, alone, say)
     if describe(dataset)["sha256"] != checkpoint.meta["data"]["sha256"]:
-        raise ConfigError(f"{where}: data.path holds other images now than those of the run")
+        raise ConfigError(f"{where}: the data are other images now than those of the run")
     network = fresh_state(config, device).network
     copy_strictly(dict(network.named_parameters()), checkpoint.model, f"{where}: weights")
     network.train()
     say(f"step {done + 1:,} of {where}" + (f", which failed with {failure['what']}" if failure else ""))
 
-    world, alone, rows = failure.get("processes", 1), Processes(0, 1, device), []
+    world = failure.get("processes", 1)
     streams = [BatchStream(dataset, config, Processes(rank, world, device)) for rank in range(world)]
     compute, gradients, sums = make_loss(network, config, device), GradientSum(network, alone), StepSums(device, False)
 

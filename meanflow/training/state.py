@@ -83,14 +83,20 @@ def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
             raise AssetError(f"{where}: has no EMA {decay}, only {', '.join(checkpoint.ema)}")
         copy_strictly(average, checkpoint.ema[repr(decay)], f"{where}: EMA {decay}")
     for name, values in checkpoint.optimizer.items():
-        like = parameters[name]
+        like = parameters.get(name)
+        if like is None or any(value.ndim and value.shape != like.shape for value in values.values()):
+            raise AssetError(f"{where}: the optimiser's state of {name} does not fit the network")
         state.optimizer.state[like] = {
             key: value.to(device=like.device, dtype=torch.float32)
             if value.ndim == 0
             else torch.empty_like(like).copy_(value)
             for key, value in values.items()
         }
-    state.guard.restore(checkpoint.meta.get("spike_guard"))
+    spikes = checkpoint.meta.get("spike_guard")
+    if spikes is not None:
+        if not isinstance(spikes, list) or len(spikes) != 3 or not all(isinstance(x, float) for x in spikes):
+            raise AssetError(f"{where}: the spike guard's state is not three numbers")
+        state.guard.restore(spikes)
     state.step, state.seconds = checkpoint.meta["step"], checkpoint.meta["seconds"]
 
 

@@ -8,16 +8,14 @@ from hypothesis import strategies as st
 from meanflow.errors import UserError
 
 NUMBERS = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-LONGEST = 1000  # characters of a refusal
 
 
 def refused(read: Callable[[], object]) -> bool:
-    """Whether `read` refuses, which must be one line of a UserError; any other exception is a failure."""
+    """Whether `read` refuses with a UserError, whose line `run_main` prints; any other exception is a failure."""
     try:
         read()
     except UserError as error:
-        line = str(error)
-        assert "\n" not in line and 10 < len(line) < LONGEST, line
+        assert len(str(error)) > 10
         return True
     return False
 

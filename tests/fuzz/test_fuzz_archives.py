@@ -52,7 +52,7 @@ def files(tmp_path_factory):
 
 def load(folder, name: str, data: bytes) -> bool:
     path = written(folder / name, data)
-    config = DataConfig("digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
+    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
     return refused(lambda: load_dataset(config, 8, 3, progress=False))
 
 
@@ -107,7 +107,7 @@ MEGABYTE = 2**20
 
 def refused_as(folder, name: str, data: bytes, text: str) -> None:
     path = written(folder / name, data)
-    config = DataConfig("digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
+    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
     with pytest.raises(AssetError, match=text):
         load_dataset(config, 8, 3, progress=False)
 
@@ -131,26 +131,26 @@ def zip_of_copies(content: bytes, count: int, level: int) -> bytes:
 
 def test_a_zip_of_zeros(tmp_path):
     refused_as(
-        tmp_path, "bomb.zip", zip_of_copies(bytes(60 * MEGABYTE), 200, 6), "cat/000.png unpacks to 60 MB, 1... ti"
+        tmp_path, "bomb.zip", zip_of_copies(bytes(16 * MEGABYTE), 100, 1), "cat/000.png unpacks to more than 100 times"
     )
 
 
 def test_members_that_are_large_are_not_read_far_ahead(tmp_path):
-    """200 × 30 MB that pack 60 to 1: each may be, together they must not be in memory."""
-    noise = np.random.default_rng(0).bytes(MEGABYTE // 2)
-    whole = zip_of_copies(noise + bytes(30 * MEGABYTE), 200, 1)
+    """100 × 16 MB that pack 60 to 1: each may be, together they must not be in memory."""
+    noise = np.random.default_rng(0).bytes(MEGABYTE // 4)
+    whole = zip_of_copies(noise + bytes(16 * MEGABYTE), 100, 1)
     refused_as(tmp_path, "many.zip", whole, "cat/000.png is not an image")
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_tar_that_unpacks_to_a_gigabyte(tmp_path, files, pack):
-    block = pack(tar_of({f"cat/{k}.txt": bytes(MEGABYTE) for k in range(16)})[: -20 * BLOCK])
-    refused_as(tmp_path, "bomb.tar", block * 40 if pack is not None else block, "unpacks to more than")
+def test_a_tar_of_zeros(tmp_path, files, pack):
+    whole = pack(tar_of({f"cat/{k}.txt": bytes(MEGABYTE) for k in range(16)}))
+    refused_as(tmp_path, "bomb.tar", whole, "unpacks to more than 100 times")
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_tar_header_of_a_gigabyte(tmp_path, files, kind):
     info = tarfile.TarInfo("a")
     info.type, info.size = kind, 2**30
-    whole = gzip.compress(info.tobuf() + bytes(64 * MEGABYTE))
-    refused_as(tmp_path, "header.tar", whole, "damaged or cut short|unpacks to")
+    whole = gzip.compress(info.tobuf() + bytes(4 * MEGABYTE))
+    refused_as(tmp_path, "header.tar", whole, "it is damaged")

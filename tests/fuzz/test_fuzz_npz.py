@@ -109,20 +109,20 @@ def test_mutated_statistics_of_torch_fidelity(tmp_path_factory, data):
 # --- bombs -----------------------------------------------------------------------------------------------------
 
 
-def test_an_array_that_unpacks_to_a_gigabyte(tmp_path):
-    head = npy(np.zeros((2**14, 2**16 - 1, 1), np.uint8)[:0]).replace(b"(0, 65535, 1)", b"(16384, 65535, 1)")
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("arr_0.npy", "w") as member:
-            member.write(head)
-            for _ in range(16):
-                member.write(bytes(2**26))
-    with pytest.raises(AssetError, match="arr_0 unpacks to 1024 MB"):
+def test_an_array_of_zeros(tmp_path):
+    head = npy(np.zeros((0, 2**16, 1), np.uint8)).replace(b"(0, 65536, 1), }   ", b"(5120, 65536, 1), }")
+    archive = zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("arr_0.npy", "w") as member:
+        member.write(head)
+        for _ in range(5):
+            member.write(bytes(2**26))
+    with pytest.raises(AssetError, match="arr_0 unpacks to 320 MB"):
         read_images(tmp_path / "bomb.npz")
 
 
 def test_an_array_that_claims_more_than_there_is(tmp_path):
     for claim in (b"(9999999999,)", b"(999999999999999,)", b"(99999999999999999999999,)"):
-        header = npy(MU).replace(b"(3,)" + b" " * (len(claim) - 4), claim)
+        header = npy(MU).replace(b"(3,), }" + b" " * (len(claim) - 4), claim + b", }")
         assert claim in header
         path = written(tmp_path / "claim.npz", npz({"mu": header, "sigma": npy(SIGMA)}))
         with pytest.raises(AssetError, match="not a readable npz"):
