@@ -126,9 +126,16 @@ def _from_npz(path: Path) -> Reference:
     made_by = None
     if "extractor" in file:
         made_by = (str(file["extractor"]), str(file["weights"]) if "weights" in file else "")
-    n = int(file["n"]) if "n" in file else None
+    n = _count(file, path) if "n" in file else None
     provenance = str(file["provenance"]) if "provenance" in file else ""
     return Reference(str(path), digest, holds, statistics, n=n, provenance=provenance, made_by=made_by)
+
+
+def _count(file: NpzFile, path: Path) -> int:
+    n = file["n"]
+    if n.ndim or not np.issubdtype(n.dtype, np.integer):
+        raise AssetError(f"{path}: n is not a whole number")
+    return int(n)
 
 
 def _from_torch_fidelity(path: Path) -> Reference:
@@ -144,6 +151,8 @@ def validated(mu, sigma, origin: str) -> Statistics:
     covariance.
     """
     try:
+        if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
+            raise TypeError
         mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError):
         raise NumericsError(f"{origin}: mu or sigma is not an array of numbers") from None

@@ -62,7 +62,8 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else "�" for c in " ".join(str(error).split()))  # names come from anywhere
+        print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

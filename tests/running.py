@@ -79,6 +79,8 @@ TREE: dict[str, Any] = {
         "activation_checkpointing": False,
         "compile": False,
         "deterministic": False,
+        "check_every": 1,
+        "spike_guard": None,
     },
     "checkpoint": {"every": 2, "keep": 2, "milestone_every": None},
     "logging": {"flush_every": 50, "tensorboard": False},

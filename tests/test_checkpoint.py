@@ -33,8 +33,10 @@ def made(step: int = 1) -> Checkpoint:
         return torch.randn(shape, generator=torch.Generator().manual_seed(step))
 
     weights = {"a.weight": numbers(3, 2, 3, 3).contiguous(memory_format=torch.channels_last), "b": numbers(5)}
-    optimizer = {name: {"step": torch.tensor(float(step)), "exp_avg": value * 2} for name, value in weights.items()}
+    moments = {name: {"exp_avg": value * 2, "exp_avg_sq": value * 3} for name, value in weights.items()}
+    optimizer = {name: {"step": torch.tensor(float(step)), **values} for name, values in moments.items()}
     meta = {"format": FORMAT, "step": step, "config": {"description": "ω, 8×8"}, "seconds": 0.1}
+    meta |= {"images": 8 * step, "data": {"images": 9, "sha256": "0"}}
     return Checkpoint(weights, {"0.9": {name: value + 1 for name, value in weights.items()}}, optimizer, meta)
 
 

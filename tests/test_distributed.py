@@ -18,6 +18,7 @@ from meanflow.training import distributed
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
 from meanflow.training.distributed import GradientSum, Processes, start_processes, stop_processes
+from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
 from meanflow.training.run_folder import RunFolder
@@ -317,5 +318,5 @@ def test_one_process_has_no_gradient_where_there_is_none(alone):
     before = module.never.detach().clone()
     config = tiny_config().optim
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=torch.tensor(1.0), fused=True)
-    assert torch.isfinite(update(optimizer, total.parameters, config, 0))
+    assert torch.isfinite(update(optimizer, total.parameters, config, 0, Guard(None, alone.device)))
     assert torch.equal(module.never, before)

@@ -20,6 +20,7 @@ from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load
 from meanflow.training.config import EmaConfig, OptimConfig
 from meanflow.training.distributed import GradientSum, Processes
 from meanflow.training.ema import Ema
+from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import MetricsLog, StepSums, read_metrics, rewind_metrics
 from meanflow.training.run_folder import RunFolder
@@ -315,12 +316,12 @@ def test_update_is_adam_with_clipping(clip):
     """Against PyTorch's plain Adam and its own clipping, over several steps and a warm-up."""
     config = OptimConfig(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, warmup_steps=3, clip=clip)
     ours, theirs = one_parameter(1.0, -2.0, 3.0), one_parameter(1.0, -2.0, 3.0)
-    optimizer = make_optimizer(ours, config)
+    optimizer, guard = make_optimizer(ours, config), Guard(None, torch.device("cpu"))
     plain = torch.optim.Adam(theirs.parameters(), lr=1.0, betas=config.betas, eps=config.eps, foreach=False)
     for step in range(6):
         gradient = torch.randn(3, generator=torch.Generator().manual_seed(step))
         ours.p.grad, theirs.p.grad = gradient.clone(), gradient.clone()
-        norm = update(optimizer, [ours.p], config, step)
+        norm = update(optimizer, [ours.p], config, step, guard)
         if clip:
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
         plain.param_groups[0]["lr"] = learning_rate(config, step)
@@ -341,7 +342,7 @@ def test_a_bad_gradient_leaves_no_trace(bad, clip):
             if module is without and not all(map(math.isfinite, gradient)):
                 continue
             module.p.grad = torch.tensor(gradient)
-            update(optimizer, [module.p], config, 0)
+            update(optimizer, [module.p], config, 0, Guard(None, torch.device("cpu")))
     assert torch.equal(with_bad.p, without.p)
     states = [optimizer.state[module.p] for module, optimizer in zip((with_bad, without), optimizers, strict=True)]
     assert differences(dict(states[0]), dict(states[1])) == []

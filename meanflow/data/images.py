@@ -21,7 +21,7 @@ from meanflow.progress import progress_bar
 MODES = {1: "L", 3: "RGB"}  # channels → Pillow's mode
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SHOW_PROGRESS_ABOVE = 5000  # fewer are read in a second or two
-IN_FLIGHT = 512  # files read ahead of the decoders
+IN_FLIGHT, IN_FLIGHT_BYTES = 512, 64 * 2**20  # files of an archive read ahead of the decoders
 
 
 def load_images(
@@ -78,13 +78,22 @@ def decode_ahead(
     wanted: Iterable[Parts],
     decode: Callable[[str, Path | BytesIO], torch.Tensor],
 ) -> Iterator[tuple[Parts, Future]]:
-    """`decode(name, data)` of the wanted files in their order, up to IN_FLIGHT of them ahead of the consumer."""
+    """`decode(name, data)` of the wanted files in their order, up to IN_FLIGHT of them ahead of the consumer.
+
+    Fewer if they are large: what an archive's files unpack to is in memory until they are decoded.
+    """
     pending: deque = deque()
+    held = 0
     for parts in wanted:
-        pending.append((parts, pool.submit(decode, source.name(parts), source.read(parts))))
-        if len(pending) >= IN_FLIGHT:
-            yield pending.popleft()
-    yield from pending
+        data = source.read(parts)
+        size = data.getbuffer().nbytes if isinstance(data, BytesIO) else 0
+        pending.append((parts, pool.submit(decode, source.name(parts), data), size))
+        held += size
+        while pending and (len(pending) >= IN_FLIGHT or held > IN_FLIGHT_BYTES):
+            *done, size = pending.popleft()
+            held -= size
+            yield tuple(done)
+    yield from ((parts, future) for parts, future, _ in pending)
 
 
 @contextmanager

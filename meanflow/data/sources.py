@@ -1,7 +1,8 @@
 """Where image files come from: a folder, or a zip or tar that is read in place and never extracted.
 
 Archives come from strangers. What only an attack or a mistake contains is refused before anything is read:
-links and devices, absolute paths and "..", members listed twice, members above 64 MB.
+links and devices, absolute paths and "..", members listed twice, members above 64 MB, and what unpacks to more than
+a hundred times its size.
 """
 
 import lzma
@@ -21,6 +22,8 @@ from typing import Any
 from meanflow.errors import AssetError
 
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_RATIO = 100  # of unpacked to packed bytes; images hardly compress
+MAX_HEADER_BYTES = 2**20  # of a tar's long names and extended headers
 
 Parts = tuple[str, ...]  # a path inside a source, split at its slashes
 
@@ -63,7 +66,8 @@ def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
             elif _is_zip(location):
                 source = _zip(where, stack.enter_context(zipfile.ZipFile(location)))
             else:
-                source = _tar(where, stack.enter_context(_open_tar(where, location)))
+                archive = stack.enter_context(_open_tar(where, location))
+                source = _tar(where, archive, location.stat().st_size)
         yield source
 
 
@@ -110,12 +114,23 @@ def _zip(where: str, archive: zipfile.ZipFile) -> Source:
         if info.flag_bits & 1:
             raise AssetError(f"{where} is encrypted: pack it again without a password")
         special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+        _refuse_bomb(f"{where}: member {info.filename}", info.file_size, info.compress_size)
         _add_member(source, info.filename.replace("\\", "/"), info, info.is_dir(), info.file_size, special)
     return source
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header that is damaged or missing is an error; tarfile takes one for the end of the archive."""
+    """A header that is damaged or missing is an error; tarfile takes one for the end of the archive.
+
+    So is one that asks for a name or an extended header of more than a megabyte to be read.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if not info.isreg() and not 0 <= info.size <= MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError("a header of an impossible size")
+        return info
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -134,12 +149,18 @@ def _open_tar(where: str, location: Path) -> tarfile.TarFile:
         raise AssetError(f"{where} is not a folder, zip or tar of images, or it is damaged") from error
 
 
-def _tar(where: str, archive: tarfile.TarFile) -> Source:
+def _tar(where: str, archive: tarfile.TarFile, packed: int) -> Source:
     source = Source(where, open=lambda info: BytesIO(archive.extractfile(info).read()))
     for info in archive:
         special = not (info.isfile() or info.isdir())
+        _refuse_bomb(where, info.offset_data + info.size, packed)
         _add_member(source, info.name, info, info.isdir(), info.size, special)
     return source
+
+
+def _refuse_bomb(label: str, unpacked: int, packed: int):
+    if unpacked > max(2**20, MAX_RATIO * packed):
+        raise AssetError(f"{label} unpacks to more than {MAX_RATIO} times its size: pack only images")
 
 
 def _add_member(source: Source, name: str, handle: Any, is_folder: bool, size: int, special: bool):
@@ -153,6 +174,8 @@ def _add_member(source: Source, name: str, handle: Any, is_folder: bool, size: i
         raise AssetError(f"{label} unpacks to {size / 2**20:.0f} MB, above {MAX_MEMBER_BYTES // 2**20} MB")
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return
+    if not parts and not is_folder:
+        raise AssetError(f"{label} has no name: pack it again")
     if not is_folder and parts in source.files:
         raise AssetError(f"{label} is in the archive twice: remove one")
     source.folders.update(parts[:depth] for depth in range(1, len(parts) + is_folder))

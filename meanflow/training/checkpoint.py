@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import re
+import warnings
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from meanflow.errors import AssetError
 
 FORMAT = 2
 PARTS = ("model", "ema", "optimizer")
+FACTS = {"step": int, "images": int, "seconds": int | float, "config": dict, "data": dict}  # of `meta`, at least
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter in `optimizer`
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         _compare_checksum(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except AssetError:
         raise
     except FileNotFoundError as error:
@@ -148,12 +152,50 @@ def load_checkpoint(path: Path) -> Checkpoint:
         meta = json.loads(content["meta"])
         if meta["format"] != FORMAT:
             raise AssetError(f"{path}: has checkpoint format {meta['format']}, this version reads {FORMAT}")
-        parts = [content[part] for part in PARTS]
-        if not all(isinstance(part, dict) for part in parts):
-            raise TypeError
-        return Checkpoint(*parts, meta)
-    except (LookupError, TypeError, ValueError) as error:
+        checkpoint = Checkpoint(*(content[part] for part in PARTS), meta)
+        _check_kinds(checkpoint)
+        return checkpoint
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise AssetError(f"{path}: is not a checkpoint of this project") from error
+
+
+def load_tensors(path: Path) -> Any:
+    """`torch.load` of tensors and containers on the CPU, and of what `torch.serialization.safe_globals` allows.
+
+    PyTorch stores tensors as they are: a zip that unpacks to more than its size is a bomb, and an AssetError. For a
+    damaged file it raises nearly anything.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise AssetError(f"{path}: unpacks to more than it is, which no checkpoint does")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that the next line refuses anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_kinds(checkpoint: Checkpoint) -> None:
+    """Raises TypeError unless all is of the kind that `Checkpoint` says; names and shapes are the reader's to check."""
+    groups = [checkpoint.model, *_named(checkpoint.ema).values(), *_named(checkpoint.optimizer).values()]
+    for group in groups:
+        for tensor in _named(group).values():
+            plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+            if not plain or not tensor.is_floating_point():
+                raise TypeError
+    if any(moments.keys() != MOMENTS for moments in checkpoint.optimizer.values()):
+        raise TypeError
+    for fact, kind in FACTS.items():
+        value = checkpoint.meta[fact]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError
+    if not 0 <= checkpoint.meta["step"] < 2**62 or not isinstance(checkpoint.meta["data"]["images"], int):
+        raise TypeError
+
+
+def _named(group: Any) -> dict[str, Any]:
+    if not isinstance(group, dict) or not all(isinstance(name, str) for name in group):
+        raise TypeError
+    return group
 
 
 def _compare_checksum(path: Path) -> None:

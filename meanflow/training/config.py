@@ -34,6 +34,7 @@ CHANGEABLE = (
     "train.microbatch",
     "train.activation_checkpointing",
     "train.compile",
+    "train.check_every",
     "checkpoint",
     "logging",
     "sample",
@@ -106,12 +107,18 @@ class TrainConfig:
     activation_checkpointing: bool  # keep only each block's input, compute it again in the backward pass
     compile: bool  # torch.compile of the network; needs loss.jvp: func
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
+    check_every: int  # steps between checks that weights and EMAs are finite and the same on every process
+    spike_guard: float | None  # leave out updates whose gradient norm is above so many times its mean; null: never
 
     def __post_init__(self):
         if self.batch < 1 or self.steps < 1:
             raise ValueError(f"batch and steps must be ≥ 1, got {self.batch} and {self.steps}")
         if self.microbatch is not None and self.microbatch < 1:
             raise ValueError(f"microbatch must be ≥ 1 or null, got {self.microbatch}")
+        if self.check_every < 1:
+            raise ValueError(f"check_every must be ≥ 1, got {self.check_every}")
+        if self.spike_guard is not None and self.spike_guard <= 1:
+            raise ValueError(f"spike_guard must be > 1 or null, got {self.spike_guard}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 

@@ -43,7 +43,7 @@ def estimate(config: RunConfig, processes: Processes) -> str:
     for step in range(2):  # the first one warms up
         start = time.perf_counter()
         accumulate(loss, [batch], 1, probe, gradients, StepSums(processes.device, False))
-        norm = update(state.optimizer, gradients.parameters, config.optim, step)
+        norm = update(state.optimizer, gradients.parameters, config.optim, step, state.guard)
         norm.item()  # wait for the device
         seconds.append(time.perf_counter() - start)
 

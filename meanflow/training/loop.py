@@ -8,12 +8,14 @@ from typing import Any
 
 from meanflow.data import Dataset, Latents, LatentsConfig, load_dataset, open_latents
 from meanflow.data.prepare_latents import prepare
-from meanflow.errors import ConfigError, NumericsError
+from meanflow.errors import ConfigError
 from meanflow.progress import progress_bar
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.failure import failures_explained
+from meanflow.training.guard import check
 from meanflow.training.init import initialise
 from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
 from meanflow.training.run_folder import RunFolder
@@ -30,8 +32,8 @@ def train(
 ) -> int:
     """Train until `config.train.steps`, from the newest intact checkpoint if there is one.
 
-    Saves on Ctrl-C and SIGTERM. `evaluate` is called every `config.eval.every` steps, on every process. Returns 0,
-    or the exit code of the signal that stopped it. Raises UserError for what the user can mend.
+    Saves on Ctrl-C, SIGTERM and SIGUSR1. `evaluate` is called every `config.eval.every` steps, on every process.
+    Returns 0, or the exit code of the signal that stopped it. Raises UserError for what the user can mend.
     """
     say = say if processes.is_main else lambda line: None
     configure_numerics(config.train)
@@ -58,6 +60,8 @@ def train(
     def evaluation_due() -> bool:
         return bool(evaluate and config.eval.every and state.step and state.step % config.eval.every == 0)
 
+    with failures_explained(run, state, config, data, processes):
+        check(state.tensors(), state.step, processes)
     if evaluation_due():  # a run that was stopped before this step's evaluation makes it now
         evaluate(run, config, state, processes)
         state.network.train()
@@ -68,19 +72,24 @@ def train(
             sums = StepSums(processes.device, stop.requested)
             batches = stream.micro_batches(state.step)
             accumulate(loss, batches, stream.micro_steps, config.train.batch, gradients, sums)
-            norm = update(state.optimizer, gradients.parameters, config.optim, state.step)
+            norm = update(state.optimizer, gradients.parameters, config.optim, state.step, state.guard)
             lr = learning_rate(config.optim, state.step)
             state.step += 1
             state.ema.update(state.step)
-            log.record(state.step, state.step * config.train.batch, config.train.batch, lr, sums, norm)
+            images = state.step * config.train.batch
+            log.record(state.step, images, config.train.batch, lr, sums, norm, state.guard.skipped)
             bar.update()
 
             last = state.step == total
             saving = last or state.step % config.checkpoint.every == 0
             evaluating = evaluation_due()
             asked = stop.requested and processes.world == 1  # several must agree, as they do when the log is read
-            if log.due or saving or evaluating or asked:
-                stopping = flush(log, run) or asked
+            checking = state.step % config.train.check_every == 0
+            if log.due or saving or evaluating or checking or asked:
+                with failures_explained(run, state, config, data, processes):
+                    stopping = log.flush() or asked
+                    if saving or evaluating or checking or stopping:
+                        check(state.tensors(), state.step, processes)
                 numbers = {key: f"{log.last[key]:.4g}" for key in ("error", "images_per_s")}
                 bar.set_postfix(numbers, refresh=False)
             if saving or evaluating or stopping:
@@ -143,19 +152,6 @@ def resume(state: TrainState, config: RunConfig, run: RunFolder, data: dict[str,
     restore(state, checkpoint, str(path))
     say(f"continuing from step {state.step:,} ({path})")
     return True
-
-
-def flush(log: MetricsLog, run: RunFolder) -> bool:
-    """Write pending metrics; True if the run was asked to stop. Explains a run that diverged."""
-    try:
-        return log.flush()
-    except NumericsError as error:
-        newest = sorted(run.checkpoints.glob("[0-9]*.pt"))
-        kept = f"the last good checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
-        raise NumericsError(
-            f"{error}. Stopped; {kept}. Try a smaller optim.lr, a longer optim.warmup_steps, optim.clip=1.0, "
-            "or train.precision=fp32 in a new run"
-        ) from error
 
 
 def save(

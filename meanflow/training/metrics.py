@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meanflow.errors import NumericsError, write_errors_named
+from meanflow.errors import write_errors_named
 from meanflow.training.distributed import Processes
+from meanflow.training.guard import NotFinite
 
 SUMS = ("loss", "error", "error_still", "still", "error_moving", "moving", "stop")
 
@@ -39,7 +40,8 @@ class MetricsLog:
 
     Fields of a line: step, images, loss (weighted, Eq. 22), error (‖u − u_tgt‖², unweighted), error_still and
     error_moving (the same on r = t and r ≠ t alone; null where there are none), grad_norm, lr, images_per_s,
-    seconds (of training, pauses left out), memory_mb (peak).
+    seconds (of training, pauses left out), memory_mb (peak). With train.spike_guard also skipped, the updates it
+    left out so far.
     """
 
     def __init__(self, path: Path, processes: Processes, flush_every: int, seconds: float, tensorboard: Any = None):
@@ -50,11 +52,21 @@ class MetricsLog:
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
-    def record(self, step: int, images: int, batch: int, lr: float, sums: StepSums, grad_norm: Tensor) -> None:
+    def record(
+        self,
+        step: int,
+        images: int,
+        batch: int,
+        lr: float,
+        sums: StepSums,
+        grad_norm: Tensor,
+        skipped: Tensor | None = None,
+    ) -> None:
         """Note step `step` (counted from 1) without waiting for the device."""
         line = {"step": step, "images": images, "lr": lr, "batch": batch}
         line["memory_mb"] = peak_memory_mb(self.processes.device)
-        self.pending.append((line, torch.cat([sums.total, grad_norm.detach().float().view(1)])))
+        same = [x.detach().float().view(1) for x in (grad_norm, skipped) if x is not None]  # on every process
+        self.pending.append((line, torch.cat([sums.total, *same])))
 
     @property
     def due(self) -> bool:
@@ -67,16 +79,16 @@ class MetricsLog:
     def flush(self) -> bool:
         """Write what is pending; True if any process was asked to stop.
 
-        Every process must call it at the same step. Raises NumericsError at the first step whose loss or gradient
+        Every process must call it at the same step. Raises NotFinite at the first step whose loss or gradient
         is not finite; its update was skipped on the device, so the weights are still those before it.
         """
         if not self.pending:
             return False
         sums = torch.stack([vector for _, vector in self.pending])
-        norms = sums[:, -1].cpu().tolist()  # already the same on every process
+        same = sums[:, len(SUMS) :].cpu().tolist()
         sums = self.processes.all_reduce(sums).cpu().tolist()
         self._clock_steps()
-        lines = [_line(host, row, norm) for (host, _), row, norm in zip(self.pending, sums, norms, strict=True)]
+        lines = [_line(host, row, *numbers) for (host, _), row, numbers in zip(self.pending, sums, same, strict=True)]
         bad = next((line for line in lines if not _finite(line)), None)
         if bad:
             lines = lines[: lines.index(bad)]
@@ -86,7 +98,7 @@ class MetricsLog:
             if self.processes.is_main:
                 self._write(lines)
         if bad:
-            raise NumericsError(f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['grad_norm']}: not finite")
+            raise NotFinite(bad["step"], f"loss {bad['loss']}, gradient norm {bad['grad_norm']}: not finite")
         return any(row[SUMS.index("stop")] > 0 for row in sums)
 
     def _clock_steps(self) -> None:
@@ -113,7 +125,7 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
 
-def _line(host: dict[str, Any], sums: list[float], grad_norm: float) -> dict[str, Any]:
+def _line(host: dict[str, Any], sums: list[float], grad_norm: float, skipped: float | None = None) -> dict[str, Any]:
     total = dict(zip(SUMS, sums, strict=False))
     count = total["still"] + total["moving"]
     return {
@@ -124,6 +136,7 @@ def _line(host: dict[str, Any], sums: list[float], grad_norm: float) -> dict[str
         "error_still": total["error_still"] / total["still"] if total["still"] else None,
         "error_moving": total["error_moving"] / total["moving"] if total["moving"] else None,
         "grad_norm": grad_norm,
+        **({} if skipped is None else {"skipped": int(skipped)}),
         **{key: _rounded(host[key]) for key in ("lr", "images_per_s", "seconds", "memory_mb")},
     }
 

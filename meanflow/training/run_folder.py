@@ -20,13 +20,14 @@ from meanflow.training.config import RunConfig, changes, config_to_yaml, load_co
 @dataclass(frozen=True)
 class RunFolder:
     """`config.yaml` (complete, resolved), `metrics.jsonl`, `starts.jsonl` (when, where and with what it was started),
-    `checkpoints/`, `samples/`, `eval/`, `curves.png`."""
+    `checkpoints/`, `failures/` (see replay.py), `samples/`, `eval/`, `curves.png`."""
 
     path: Path
 
     config_file = property(lambda self: self.path / "config.yaml")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     starts_file = property(lambda self: self.path / "starts.jsonl")
+    failures = property(lambda self: self.path / "failures")
     checkpoints = property(lambda self: self.path / "checkpoints")
     samples = property(lambda self: self.path / "samples")
     eval = property(lambda self: self.path / "eval")

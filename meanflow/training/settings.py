@@ -15,9 +15,17 @@ import yaml
 
 from meanflow.errors import ConfigError
 
+MAX_BYTES = 2**20  # of a recipe; parsing takes about a second for each 100 kB
+MAX_WHOLE = 2**63
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML silently keeps the last of two equal keys; a recipe must not."""
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML silently keeps the last of two equal keys; a recipe must not. Aliases, which multiply, are refused."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is used", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -30,7 +38,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError in one line if it is missing or not a mapping."""
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path}: is too large for a recipe (above {MAX_BYTES // 2**20} MB)")
+        tree = parse_yaml(data.decode("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -40,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeyLoader)
+        return yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = getattr(error, "problem", None) or "it is malformed"
         mark = getattr(error, "problem_mark", None)
@@ -149,6 +161,8 @@ def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
         value = int(number) if isinstance(number, float) and number.is_integer() else value
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise _wrong(path, source, names[kind], value)
+    if kind is int and abs(value) >= MAX_WHOLE:
+        raise _wrong(path, source, "a whole number below 2^63", value)
     return value
 
 
@@ -160,7 +174,11 @@ def _number(value: Any) -> Any:
 
 
 def _wrong(path: str, source: str, expected: str, value: Any) -> ConfigError:
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        shown = f"a {type(value).__name__} too long to show"
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return ConfigError(f"{source}: {path} must be {expected}, got {shown}")
 
 

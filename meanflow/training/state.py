@@ -11,6 +11,7 @@ from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
 from meanflow.training.config import OptimConfig, RunConfig
 from meanflow.training.ema import Ema
+from meanflow.training.guard import Guard
 from meanflow.training.network import build_network
 from meanflow.training.run_folder import environment
 
@@ -22,13 +23,20 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema
+    guard: Guard
     step: int = 0
     seconds: float = 0.0
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights and averages, by name."""
+        averages = {f"EMA {decay}": average for decay, average in self.ema.averages.items()}
+        return {"weights": dict(self.network.named_parameters()), **averages}
 
 
 def fresh_state(config: RunConfig, device: torch.device) -> TrainState:
     network = build_network(config, device)
-    return TrainState(network, make_optimizer(network, config.optim), Ema(network, config.ema))
+    guard = Guard(config.train.spike_guard, device)
+    return TrainState(network, make_optimizer(network, config.optim), Ema(network, config.ema), guard)
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -57,6 +65,7 @@ def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) ->
         "seconds": state.seconds,
         "config": settings.to_tree(config),
         "data": data,
+        "spike_guard": state.guard.numbers(),
         "environment": environment(),
     }
     model = {name: p.detach() for name, p in state.network.named_parameters()}
@@ -74,13 +83,20 @@ def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
             raise AssetError(f"{where}: has no EMA {decay}, only {', '.join(checkpoint.ema)}")
         copy_strictly(average, checkpoint.ema[repr(decay)], f"{where}: EMA {decay}")
     for name, values in checkpoint.optimizer.items():
-        like = parameters[name]
+        like = parameters.get(name)
+        if like is None or any(value.ndim and value.shape != like.shape for value in values.values()):
+            raise AssetError(f"{where}: the optimiser's state of {name} does not fit the network")
         state.optimizer.state[like] = {
             key: value.to(device=like.device, dtype=torch.float32)
             if value.ndim == 0
             else torch.empty_like(like).copy_(value)
             for key, value in values.items()
         }
+    spikes = checkpoint.meta.get("spike_guard")
+    if spikes is not None:
+        if not isinstance(spikes, list) or len(spikes) != 3 or not all(isinstance(x, float) for x in spikes):
+            raise AssetError(f"{where}: the spike guard's state is not three numbers")
+        state.guard.restore(spikes)
     state.step, state.seconds = checkpoint.meta["step"], checkpoint.meta["seconds"]
 
 

@@ -12,6 +12,7 @@ from meanflow.tangent import Network, value_and_tangent
 from meanflow.training.batches import MicroBatch
 from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
 from meanflow.training.distributed import GradientSum
+from meanflow.training.guard import Guard
 from meanflow.training.metrics import StepSums
 from meanflow.training.state import learning_rate
 
@@ -72,22 +73,25 @@ def accumulate(
         if i == count - 1:
             gradients.arm()
         out = loss(micro)
-        (out.weighted.sum() / batch).backward()
+        total = out.weighted.sum() / batch
+        total.backward(1 + 0 * total.detach())  # a loss that is not finite spoils the gradient of every process
         sums.add(out.weighted, out.squared_error, int((micro.t != micro.r).sum()))
     gradients.finish()
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: OptimConfig, step: int) -> Tensor:
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: OptimConfig, step: int, guard: Guard
+) -> Tensor:
     """Clip and apply the gradients; their norm (a device scalar, before clipping).
 
-    A gradient that is not finite changes nothing: the fused optimiser reads `found_inf` on the device, so no step
-    waits for the host to look. The log raises when it reads the norm.
+    A gradient that is not finite changes nothing, nor does a spike if `guard` looks for them: the fused optimiser
+    reads `found_inf` on the device, so no step waits for the host to look. The log raises when it reads the norm.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if config.clip is not None:
         torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))
-    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    optimizer.found_inf = guard.judge(norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()

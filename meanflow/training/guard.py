@@ -1,0 +1,100 @@
+"""What keeps a run from going on with numbers that cannot be used, or with processes that have drifted apart."""
+
+import torch
+from torch import Tensor
+
+from meanflow.errors import NumericsError
+from meanflow.training.distributed import Processes
+
+SETTLE = 100  # norms in the running mean of the spike guard; it judges from then on
+
+
+class Guard:
+    """Decides which updates are left out, on the device: no step waits for the host.
+
+    From the first gradient that is not finite on, all are: when the log reads that step, up to logging.flush_every
+    steps later, the weights are still those before it. With `factor`, an update whose gradient norm is above
+    `factor` times the running mean is left out as well, and counted; such a norm enters the mean as the limit it
+    broke, so that the guard follows norms that have risen for good.
+    """
+
+    def __init__(self, factor: float | None, device: torch.device):
+        self.factor = factor
+        self.broken = torch.zeros((), device=device)
+        self.mean, self.seen, self._skipped = torch.zeros(3, device=device)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Updates left out as spikes so far, a device scalar; None without a spike guard."""
+        return None if self.factor is None else self._skipped
+
+    def judge(self, norm: Tensor) -> Tensor:
+        """For the fused optimiser's `found_inf`: 1 if the update of a gradient of this norm is left out, else 0."""
+        self.broken = torch.maximum(self.broken, (~torch.isfinite(norm)).float())
+        if self.factor is None:
+            return self.broken
+        limit, settled = self.factor * self.mean, self.seen >= SETTLE
+        spike = (settled & (norm > limit)).float()
+        held = torch.where(settled, torch.minimum(norm, limit), norm)
+        self.mean = self.mean + (held - self.mean) / (self.seen + 1).clamp(max=SETTLE)
+        self.seen, self._skipped = self.seen + 1, self._skipped + spike
+        return torch.maximum(self.broken, spike)
+
+    def numbers(self) -> list[float] | None:
+        """For a checkpoint: what `restore` continues from."""
+        return None if self.factor is None else torch.stack([self.mean, self.seen, self._skipped]).tolist()
+
+    def restore(self, numbers: list[float]) -> None:
+        self.mean, self.seen, self._skipped = torch.tensor(numbers, device=self.broken.device)
+
+
+class NotFinite(NumericsError):
+    """Step `step` (from 1) has no usable numbers; `what` they were, in words."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"step {step}: {what}")
+        self.step, self.what = step, what
+
+
+@torch.no_grad()
+def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes) -> None:
+    """Are all of these groups of float32 tensors finite, and the same to the bit on every process?
+
+    Every process must call it at the same point, with `step` steps done. Waits for the device once. Raises, on all
+    of them, NotFinite for the step that would come next, or NumericsError naming the process that has drifted.
+    """
+    here, groups = processes.device, tensors.values()  # averages may live on the host
+    finite = [largest(group).isfinite().long().to(here) for group in groups]
+    sums = [checksum(group).to(here) if processes.world > 1 else finite[0].new_zeros(()) for group in groups]
+    mine = torch.stack([finite[0].new_tensor(step), *finite, *sums])
+    table = mine.new_zeros(processes.world, len(mine))
+    table[processes.rank] = mine
+    (steps, *columns) = processes.all_reduce(table).T.cpu().tolist()
+    _same("is at another step", steps, step, processes.world)
+    for group, flags, found in zip(tensors, columns[: len(tensors)], columns[len(tensors) :], strict=True):
+        if not all(flags):
+            names = [name for name, x in tensors[group].items() if not x.isfinite().all()]
+            such = f" (such as {names[0]}; {len(names)} of {len(tensors[group])} tensors)" if names else ""
+            raise NotFinite(step + 1, f"{group} not finite{such}")
+        _same(f"holds other {group}", found, step, processes.world)
+
+
+def largest(group: dict[str, Tensor]) -> Tensor:
+    """The largest magnitude, NaN if there is one, as a scalar where the tensors are."""
+    return torch.nn.utils.get_total_norm(list(group.values()), norm_type=torch.inf)
+
+
+def checksum(group: dict[str, Tensor]) -> Tensor:
+    """The sum of the tensors' bits as integers: exact, in whatever order it is taken, and changed by any one bit."""
+    return torch.stack([x.view(torch.int32).sum() for x in group.values()]).sum()
+
+
+def _same(complaint: str, values: list[int], step: int, world: int) -> None:
+    """Raises NumericsError naming the processes whose value is not that of the most (of two, the one of process 0)."""
+    usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+    odd = [str(rank) for rank, value in enumerate(values) if value != usual]
+    if odd:
+        raise NumericsError(
+            f"step {step}: of {world} processes, process {', '.join(odd)} {complaint}: gradients were not "
+            "synchronised, its device or memory is at fault, or the run folder is not the same on all nodes"
+        )

@@ -1,0 +1,156 @@
+"""Image archives from anywhere: load_dataset gives images or one line that names the archive."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import mutated, refused, written
+from running import write_images
+
+from meanflow.data import DataConfig, load_dataset
+from meanflow.errors import AssetError
+
+BLOCK = tarfile.BLOCKSIZE
+NAMES = [b"../", b"/", b"..", b"C:/", b"\\", b"\0", b"\xff", b"a" * 300, b"\n", b"./", b"__MACOSX/", "é".encode()]
+
+
+def images(folder) -> dict[str, bytes]:
+    write_images(folder, count=3)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return images(tmp_path_factory.mktemp("images"))
+
+
+def load(folder, name: str, data: bytes) -> bool:
+    path = written(folder / name, data)
+    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
+    return refused(lambda: load_dataset(config, 8, 3, progress=False))
+
+
+@given(data=st.data())
+def test_a_mutated_tar(tmp_path_factory, files, data):
+    long = {f"{'long' * 40}/{name}": content for name, content in files.items()}
+    wholes = [tar_of(files), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)]
+    load(tmp_path_factory.getbasetemp(), "a.tar", data.draw(mutated(wholes, NAMES)))
+
+
+@given(data=st.data())
+def test_a_mutated_tar_header_whose_checksum_is_right(tmp_path_factory, files, data):
+    whole = bytearray(tar_of({f"{'long' * 40}/{name}": content for name, content in files.items()}))
+    start = data.draw(st.sampled_from(range(0, len(whole), BLOCK)))
+    whole[start : start + BLOCK] = data.draw(mutated([bytes(whole[start : start + BLOCK])], NAMES))[:BLOCK].ljust(BLOCK)
+    kind = data.draw(st.sampled_from(b"0" * 20 + b"\x00123456789KLNSVXgx"))
+    if kind != ord("0"):
+        whole[start + 156] = kind
+    summed = sum(whole[start : start + 148]) + 8 * 32 + sum(whole[start + 156 : start + BLOCK])
+    whole[start + 148 : start + 156] = b"%06o\0 " % summed
+    load(tmp_path_factory.getbasetemp(), "b.tar", bytes(whole))
+
+
+@given(data=st.data())
+def test_a_mutated_compressed_tar(tmp_path_factory, files, data):
+    """Damaged within, or as a file."""
+    pack = data.draw(st.sampled_from([gzip.compress, bz2.compress, lzma.compress]))
+    whole = tar_of(files)
+    within = data.draw(st.booleans())
+    packed = pack(data.draw(mutated([whole], NAMES))) if within else data.draw(mutated([pack(whole)]))
+    load(tmp_path_factory.getbasetemp(), "c.tar", packed)
+
+
+@given(data=st.data())
+def test_a_mutated_zip(tmp_path_factory, files, data):
+    methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+    load(tmp_path_factory.getbasetemp(), "d.zip", data.draw(mutated([zip_of(files, m) for m in methods], NAMES)))
+
+
+@given(data=st.data())
+def test_mutated_images_in_a_whole_archive(tmp_path_factory, files, data):
+    name = data.draw(st.sampled_from(list(files)))
+    changed = {**files, name: data.draw(mutated(list(files.values())))}
+    pack = data.draw(st.sampled_from([zip_of, tar_of]))
+    load(tmp_path_factory.getbasetemp(), "e", pack(changed))
+
+
+# --- bombs: little files that unpack to much -------------------------------------------------------------------
+
+MEGABYTE = 2**20
+
+
+def refused_as(folder, name: str, data: bytes, text: str) -> None:
+    path = written(folder / name, data)
+    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
+    with pytest.raises(AssetError, match=text):
+        load_dataset(config, 8, 3, progress=False)
+
+
+def zip_of_copies(content: bytes, count: int, level: int) -> bytes:
+    """`count` members of one content, deflated once."""
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
+    packed = deflate.compress(content) + deflate.flush()
+    out = io.BytesIO()
+    archive = zipfile.ZipFile(out, "w")
+    for k in range(count):
+        info = zipfile.ZipInfo(f"cat/{k:03d}.png")
+        info.compress_type, info.CRC = zipfile.ZIP_DEFLATED, zlib.crc32(content)
+        info.compress_size, info.file_size, info.header_offset = len(packed), len(content), out.tell()
+        out.write(info.FileHeader() + packed)
+        archive.filelist.append(info)
+    archive.start_dir, archive._didModify = out.tell(), True
+    archive.close()
+    return out.getvalue()
+
+
+def test_a_zip_of_zeros(tmp_path):
+    refused_as(
+        tmp_path, "bomb.zip", zip_of_copies(bytes(16 * MEGABYTE), 100, 1), "cat/000.png unpacks to more than 100 times"
+    )
+
+
+def test_members_that_are_large_are_not_read_far_ahead(tmp_path):
+    """100 × 16 MB that pack 60 to 1: each may be, together they must not be in memory."""
+    noise = np.random.default_rng(0).bytes(MEGABYTE // 4)
+    whole = zip_of_copies(noise + bytes(16 * MEGABYTE), 100, 1)
+    refused_as(tmp_path, "many.zip", whole, "cat/000.png is not an image")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_of_zeros(tmp_path, files, pack):
+    whole = pack(tar_of({f"cat/{k}.txt": bytes(MEGABYTE) for k in range(16)}))
+    refused_as(tmp_path, "bomb.tar", whole, "unpacks to more than 100 times")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_header_of_a_gigabyte(tmp_path, files, kind):
+    info = tarfile.TarInfo("a")
+    info.type, info.size = kind, 2**30
+    whole = gzip.compress(info.tobuf() + bytes(4 * MEGABYTE))
+    refused_as(tmp_path, "header.tar", whole, "it is damaged")

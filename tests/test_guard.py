@@ -1,0 +1,255 @@
+"""Numbers that cannot be used: what the device leaves out, what the run's own checks find, and the step once more."""
+
+import json
+import math
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+from running import comparable_metrics, read_metrics, tiny_config, write_images
+
+from meanflow.errors import AssetError, ConfigError, NumericsError, run_main
+from meanflow.training import guard as module
+from meanflow.training import loop, replay
+from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
+from meanflow.training.distributed import Processes
+from meanflow.training.guard import Guard, NotFinite, check, checksum
+from meanflow.training.loop import train
+from meanflow.training.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+
+
+def judged(guard: Guard, *norms: float) -> list[float]:
+    return [float(guard.judge(torch.tensor(norm))) for norm in norms]
+
+
+# --- what the device leaves out --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_from_a_bad_gradient_on_no_update_is_made(bad):
+    """The host looks once in many steps; what came after the bad one must not have moved the weights."""
+    assert judged(Guard(None, CPU), 1.0, 1e30, bad, 1.0, 1.0) == [0, 0, 1, 1, 1]
+
+
+def test_spikes_are_left_out_and_counted(monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 4)
+    guard = Guard(3.0, CPU)
+    assert judged(guard, 1.0, 9.0, 1.0, 1.0) == [0, 0, 0, 0], "it must know the usual norm first"
+    assert float(guard.mean) == 3.0
+    assert judged(guard, 9.1) == [1], "above three times the mean"
+    assert float(guard.mean) == 4.5, "(3 · 3 + the limit 9) / 4"
+    assert judged(guard, 13.4, 1e30) == [0, 1] and int(guard.skipped) == 2
+
+
+def test_the_spike_guard_follows_norms_that_have_risen_for_good(monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 4)
+    guard = Guard(2.0, CPU)
+    judged(guard, 1.0, 1.0, 1.0, 1.0)
+    left_out = judged(guard, *[100.0] * 40)
+    assert left_out == sorted(left_out, reverse=True) and left_out[0] == 1 and left_out[-1] == 0
+
+
+def test_the_spike_guard_continues_where_it_stopped():
+    norms = torch.rand(300, generator=torch.Generator().manual_seed(0)).pow(-0.5).tolist()
+    whole, first, second = Guard(2.0, CPU), Guard(2.0, CPU), Guard(2.0, CPU)
+    expected = judged(whole, *norms)
+    judged(first, *norms[:150])
+    second.restore(json.loads(json.dumps(first.numbers())))
+    assert judged(second, *norms[150:]) == expected[150:] and sum(expected) > 5
+    assert second.numbers() == whole.numbers()
+    assert Guard(None, CPU).numbers() is None and Guard(None, CPU).skipped is None
+
+
+def test_a_run_with_a_spike_guard_skips_counts_and_resumes(train_tiny, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 3)
+    spiky = {"train__spike_guard": 1.1, "train__steps": 16}
+    once = train_tiny("once", **spiky)
+    skipped = [line["skipped"] for line in read_metrics(once.metrics_file)]
+    assert skipped == sorted(skipped) and 0 == skipped[0] < skipped[-1] < 13
+    for steps in (5, 9, 16):
+        twice = train_tiny("twice", **{**spiky, "train__steps": steps})
+    assert comparable_metrics(once.path) == comparable_metrics(twice.path)
+    step = next(i for i, (before, after) in enumerate(pairwise(skipped), 1) if after > before)
+    weights = [train_tiny(f"to{n}", **{**spiky, "train__steps": n}) for n in (step, step + 1)]
+    weights = [load_checkpoint(list_checkpoints(run.checkpoints)[-1]) for run in weights]
+    assert all(torch.equal(weights[0].model[name], weights[1].model[name]) for name in weights[0].model)
+
+
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path, alone, monkeypatch):
+    """Errors beyond float32 get weight zero (Eq. 22): the loss is NaN, their gradient 0. Nothing may be updated."""
+    made = loop.make_loss
+
+    def spoilt(network, config, device):
+        loss = made(network, config, device)
+
+        def spoil(batch):
+            out = loss(batch)
+            error = out.weighted * 1e30
+            return type(out)((1 / (error.detach().square() + 1) ** 0.75) * error.square(), out.squared_error)
+
+        return spoil
+
+    monkeypatch.setattr(loop, "make_loss", spoilt)
+    config, run, kept = tiny_config(), RunFolder(tmp_path), {}
+    fresh = loop.fresh_state
+    monkeypatch.setattr(loop, "fresh_state", lambda *args: kept.setdefault("state", fresh(*args)))
+    with pytest.raises(NumericsError, match=r"^step 1: loss nan, gradient norm nan"):
+        train(config, run, alone, lambda line: None)
+    for before, after in zip(fresh(config, CPU).network.parameters(), kept["state"].network.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+# --- what the run's own check finds ----------------------------------------------------------------------------
+
+
+class Peers(Processes):
+    """This process and others whose tables are given: what an all-reduce of the check would sum."""
+
+    def __init__(self, *others: dict):
+        super().__init__(0, len(others) + 1, CPU)
+        object.__setattr__(self, "others", others)
+
+    def all_reduce(self, x):
+        for rank, other in enumerate(self.others, 1):
+            finite = [int(all(bool(t.isfinite().all()) for t in group.values())) for group in other["tensors"].values()]
+            sums = [int(checksum(group)) for group in other["tensors"].values()]
+            x[rank] = torch.tensor([other["step"], *finite, *sums])
+        return x
+
+
+def groups(seed: int = 0) -> dict:
+    numbers = torch.Generator().manual_seed(seed)
+    conv = torch.randn(4, 3, 3, 3, generator=numbers).contiguous(memory_format=torch.channels_last)
+    return {"weights": {"a": conv, "b": torch.randn(5, generator=numbers)}, "EMA 0.9": {"a": conv * 0.5}}
+
+
+def peer(step: int = 7, **changed) -> dict:
+    return {"tensors": {**groups(), **changed}, "step": step}
+
+
+def test_equal_processes_pass():
+    check(groups(), 7, Peers(peer(), peer()))
+    check(groups(), 7, Processes(0, 1, CPU))
+
+
+def test_one_bit_of_one_weight_names_the_process():
+    other = groups()["weights"]
+    other["b"].view(torch.int32)[3] ^= 1
+    with pytest.raises(NumericsError, match=r"^step 7: of 4 processes, process 2 holds other weights: gradients were"):
+        check(groups(), 7, Peers(peer(), peer(weights=other), peer()))
+    with pytest.raises(NumericsError, match=r"of 2 processes, process 1 holds other weights"):
+        check(groups(), 7, Peers(peer(weights=other)))
+    with pytest.raises(NumericsError, match=r"of 3 processes, process 0 holds other weights"):
+        check({**groups(), "weights": other}, 7, Peers(peer(), peer()))
+
+
+def test_an_average_that_drifts_and_a_step_that_differs():
+    with pytest.raises(NumericsError, match=r"process 1 holds other EMA 0\.9"):
+        check(groups(), 7, Peers(peer(**{"EMA 0.9": groups(1)["EMA 0.9"]})))
+    with pytest.raises(NumericsError, match=r"process 1, 2 is at another step: .*run folder is not the same"):
+        check(groups(), 7, Peers(peer(0), peer(0), peer(), peer()))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_average_that_is_not_finite_is_named_with_its_tensor(bad):
+    mine = groups()
+    mine["EMA 0.9"]["a"][1, 2, 0, 1] = bad
+    with pytest.raises(NotFinite, match=r"^step 8: EMA 0\.9 not finite \(such as a; 1 of 1 tensors\)") as caught:
+        check(mine, 7, Processes(0, 1, CPU))
+    assert caught.value.step == 8
+    with pytest.raises(NotFinite, match=r"^step 8: EMA 0\.9 not finite"):
+        check(groups(), 7, Peers(peer(**{"EMA 0.9": mine["EMA 0.9"]})))
+
+
+def test_large_numbers_are_finite():
+    check({"weights": {"a": torch.tensor([3e38, -3e38])}}, 0, Processes(0, 1, CPU))
+
+
+def spoil_average_at(step: int):
+    def evaluate(run, config, state, processes):
+        if state.step == step:
+            next(iter(state.ema.averages[0.9].values())).view(-1)[0] = math.nan
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("every", "found"), [(1, 5), (3, 6), (100, 8)])
+def test_a_bad_average_stops_the_run_and_never_reaches_a_checkpoint(tmp_path, alone, every, found):
+    """At the check, or at the latest before the next checkpoint."""
+    config = tiny_config(train__steps=20, checkpoint__every=4, eval__every=4, train__check_every=every)
+    run = RunFolder(tmp_path)
+    with pytest.raises(NumericsError, match=rf"^step {found + 1}: EMA 0\.9 not finite.*last good checkpoint") as caught:
+        train(config, run, alone, lambda line: None, spoil_average_at(4))
+    assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+    newest = load_checkpoint(list_checkpoints(run.checkpoints)[-1])
+    assert newest.meta["step"] == 4 and all(x.isfinite().all() for x in newest.ema["0.9"].values())
+    assert [line["step"] for line in read_metrics(run.metrics_file)][-1] == found
+    assert train(config, run, alone, lambda line: None) == 0, "the same command continues from the good one"
+
+
+# --- the step once more ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return str(write_images(tmp_path_factory.mktemp("data") / "images"))
+
+
+@pytest.fixture
+def failed(tmp_path, alone, images):
+    """A run whose weight is spoilt after step 4, with all that makes a batch depend on seeds."""
+    rich = {"model__channels": 3, "model__dropout": 0.2, "model__augment_labels": 6, "model__classes": 2}
+    rich |= {"data__path": images, "data__augment_p": 0.5, "data__flip": True, "train__microbatch": 3}
+    run = RunFolder(tmp_path)
+
+    def spoil(run, config, state, processes):
+        if state.step == 4:
+            with torch.no_grad():
+                next(state.network.parameters()).view(-1)[0] = math.nan
+
+    with pytest.raises(NumericsError) as caught:
+        train(tiny_config(train__steps=9, eval__every=4, **rich), run, alone, lambda line: None, spoil)
+    return run, str(caught.value)
+
+
+def replayed(capsys, *arguments) -> tuple[int, str]:
+    code = run_main(replay.main, [str(argument) for argument in (*arguments, "--device", "cpu")])
+    return code, capsys.readouterr().out
+
+
+def test_a_run_that_stops_leaves_the_step_to_replay(failed, capsys, images):
+    run, message = failed
+    file = run.failures / "00000005.json"
+    assert f"python -m meanflow.training.replay {file} makes the step again" in message
+    noted = json.loads(file.read_text())["failure"]
+    assert noted["step"] == 5 and noted["processes"] == 1 and len(noted["images"]) == 8
+    assert set(noted["seeds"]) == {"times", "noise", "augment"} and file.stat().st_size < 10_000
+    code, out = replayed(capsys, file)
+    assert code == 0 and "step 5 of" in out and "which failed with loss nan" in out
+    assert "loss nan, gradient norm nan" in out and "not finite here either" in out
+    assert re.search(r"weights that are not finite \(1 of \d+\):", out)
+    assert "samples that are not finite (8 of 8):\n  t 0." in out and out.count("\n  t 0.") == 8
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_replaying_a_good_step_gives_the_numbers_of_the_run(train_tiny, capsys, images, microbatch):
+    rich = {"model__channels": 3, "model__dropout": 0.2, "data__path": images, "train__microbatch": microbatch}
+    run = train_tiny(train__steps=4, checkpoint__every=3, **rich)
+    line = read_metrics(run.metrics_file)[3]
+    code, out = replayed(capsys, run.checkpoints / "00000003.json")
+    loss, norm = (float(x) for x in re.search(r"loss (\S+), gradient norm (\S+)", out).groups())
+    assert code == 0 and (loss, norm) == (line["loss"], line["grad_norm"]) and "all of it is finite" in out
+
+
+def test_a_replay_that_cannot_be(failed, capsys, tmp_path, images):
+    run, _ = failed
+    assert run_main(replay.main, [str(tmp_path / "none.json")]) == AssetError.exit_code
+    path = (run.failures / "00000005.json").with_suffix(".pt")
+    write_images(tmp_path / "others", count=24)
+    held = load_checkpoint(path)
+    held.meta["config"]["data"]["path"] = str(tmp_path / "others")
+    with pytest.raises(ConfigError, match="other images"):
+        replay.replay(held, str(path), CPU)
