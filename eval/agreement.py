@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def agreement_file(run: RunFolder, model: Model, steps: int) -> Path:
-    return run.eval / f"agreement-step{model.meta['step']:08d}-ema{model.ema}-nfe{steps}.json"
+    return run.path / f"agreement-step{model.meta['step']:08d}-ema{model.ema}-nfe{steps}.json"
 
 
 def agreement(model: Model, n: int, steps: int, seed: int = 0) -> Agreement:

@@ -72,7 +72,7 @@ def test_a_row_is_the_run_that_its_recipe_makes_alone(table, tmp_path):
     [
         ({"base": "nothing"}, ConfigError, "nothing"),
         ({"rows": []}, ConfigError, "rows"),
-        ({"rows": [{"name": "a", "folder": "x", "set": []}] * 2}, ConfigError, "rows"),
+        ({"rows": [{"name": name, "folder": "x", "set": []} for name in "ab"]}, ConfigError, "rows"),
         ({"rows": [{"name": "a", "folder": "../x", "set": []}]}, ConfigError, "folder"),
         ({"rows": [{"name": "a", "folder": "x", "set": ["optim.rate=1"]}]}, ConfigError, r"optim\.rate"),
         ({"rows": [{"name": "a", "folder": "x", "set": ["guidance.omega=2"]}]}, ConfigError, "omega"),
