@@ -72,9 +72,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
             if not isinstance(branch, dict) or key not in branch:
                 raise ConfigError(f"--set {override}: {path} is not a setting{nearest(path, list(flatten(tree)))}")
             parent, branch = branch, branch[key]
-        if isinstance(branch, dict):
+        value = parse_yaml(text, f"--set {override}")
+        if isinstance(branch, dict) and value is not None:
             raise ConfigError(f"--set {override}: {path} is a group of settings; set one of {', '.join(branch)}")
-        parent[last] = parse_yaml(text, f"--set {override}")
+        parent[last] = value
     return tree
 
 
