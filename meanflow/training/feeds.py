@@ -58,7 +58,8 @@ class LatentFeed:
         self.ahead = (step + 1, self._read(step + 1, mine))
         mean, std = (moment.to(self.device, non_blocking=True) for moment in future.result())
         shape = (len(indices), *self.latents.shape)
-        noise = torch.randn(shape, generator=self._generator("posterior", step), device=self.device)
+        random = generator(self.config.seed, "posterior", step, device=self.device)
+        noise = torch.randn(shape, generator=random, device=self.device)
 
         def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             here, own = rows.to(self.device, non_blocking=True), (rows - mine.start).to(self.device, non_blocking=True)
@@ -77,6 +78,3 @@ class LatentFeed:
             mirror = torch.rand(batch, generator=generator(seed, "mirror", step)) < 0.5
         mean, std = self.latents.read(indices[mine], mirror[mine])
         return (mean.pin_memory(), std.pin_memory()) if self.device.type == "cuda" else (mean, std)
-
-    def _generator(self, purpose: str, step: int) -> torch.Generator:
-        return generator(self.config.seed, purpose, step, device=self.device)
