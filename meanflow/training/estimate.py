@@ -57,7 +57,7 @@ def estimate(config: RunConfig, processes: Processes) -> str:
     return "\n".join(
         [
             f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
-            f"forward pass      {forward_multiply_adds(config) / 1e9:.3g} G multiply-adds an image (what papers call FLOPs)",
+            f"forward pass      {forward_multiply_adds(config) / 1e9:.3g} G multiply-adds an image (FLOPs, in papers)",
             f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {processes.world} process(es)",
             f"memory (estimate) {(fixed + activations) / 1e9:.1f} GB a process: {fixed / 1e9:.1f} GB weights, "
             f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
