@@ -197,6 +197,31 @@ def test_two_commands_in_one_folder(images, tmp_path):
         refused(from_folder(images, tmp_path), "another process prepares latents here")
 
 
+def test_a_shard_made_again_and_interrupted_is_unfinished(images, tmp_path, monkeypatch):
+    config = from_folder(images, tmp_path / "out")
+    make(config)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "shard-00002.bin").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(SpaceToDepth, "encode", lambda self, images: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(config)
+    with pytest.raises(AssetError, match="are unfinished"):
+        open_latents(tmp_path / "out", config)
+    make(config)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_the_shards_and_the_manifest_are_enough(images, tmp_path):
+    config = from_folder(images, tmp_path)
+    make(config)
+    for path in tmp_path.glob("*.json"):
+        if path.name != "manifest.json":
+            path.unlink()
+    before = contents(tmp_path)
+    assert make(config) == [] and len(open_latents(tmp_path, config)) == 22 and contents(tmp_path) == before
+
+
 def test_nothing_is_done_when_all_is_there(images, tmp_path):
     config = from_folder(images, tmp_path)
     make(config)
@@ -354,6 +379,7 @@ def test_latents_that_float16_cannot_hold(tmp_path, monkeypatch):
 def test_the_command(images, launch, tmp_path):
     how = ("--images", images, "--vae", "space-to-depth", "--size", 16, "--shard", 4)
     assert launch(PREPARE, "--out", tmp_path / "out", *how).wait().code == 0
+    assert "all latents are there already" in launch(PREPARE, "--out", tmp_path / "out", *how).wait().out
     verified = launch(PREPARE, "--verify", tmp_path / "out").wait()
     assert verified.code == 0 and "22 latents, intact" in verified.out
     assert launch(PREPARE, "--images", images).wait().code == 2

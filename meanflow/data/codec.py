@@ -215,7 +215,7 @@ def _locate(vae: str) -> Path:
         for file in (CONFIG, WEIGHTS):
             path = _cached(hf_hub_download, vae, file) or hf_hub_download(vae, file)
     except Exception as error:  # the hub's client has a dozen kinds, some of its HTTP library's
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
         raise AssetError(
             f"data.vae {vae} is no folder, not in the Hugging Face cache, and cannot be downloaded ({reason}): where "
             f"there is a network run `hf download {vae} {CONFIG} {WEIGHTS} --local-dir vae`, and set data.vae to it"

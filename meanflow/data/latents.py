@@ -122,6 +122,7 @@ def open_latents(folder: Path, wanted: LatentsConfig, shape: tuple[int, int, int
         AssetError: no manifest, or a damaged one; a shard that is truncated, missing or foreign, by name.
         ConfigError: a manifest of another version; latents of another source, split, VAE, image size, scale or shape.
     """
+    folder = folder.expanduser()
     manifest = read_manifest(folder)
     refuse_other(manifest.plan, wanted, folder)
     if shape is not None and tuple(shape) != manifest.plan.shape:
@@ -164,11 +165,18 @@ def _same_vae(plan: Plan, vae: str) -> str | None:
     return f"{vae} (of other weights)"
 
 
-def refuse_faults(folder: Path, manifest: Manifest) -> None:
-    """Raises AssetError naming a shard that is truncated, missing or foreign."""
+def find_fault(folder: Path, manifest: Manifest) -> str | None:
+    """A line on the first shard that is truncated, missing or foreign by its size and seal; None if all are whole."""
     for index, shard in enumerate(manifest.shards):
         if problem := fault(folder / shard.file, shard.count, shard.bytes, manifest.plan, index):
-            raise AssetError(f"{folder / shard.file}: {problem}; preparing again makes this shard anew")
+            return f"{folder / shard.file}: {problem}; preparing again, with data.images set, makes this shard anew"
+    return None
+
+
+def refuse_faults(folder: Path, manifest: Manifest) -> None:
+    """Raises AssetError naming a shard that is truncated, missing or foreign."""
+    if line := find_fault(folder, manifest):
+        raise AssetError(line)
     listed = {shard.file for shard in manifest.shards}
     if others := sorted(path for path in folder.glob("shard-*.bin") if path.name not in listed):
         raise AssetError(f"{others[0]}: is foreign: {MANIFEST} does not list it; move it away")

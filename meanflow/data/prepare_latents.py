@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meanflow.data.codec import Codec, open_codec
 from meanflow.data.config import SPLITS
-from meanflow.data.latents import LatentsConfig, open_latents, refuse_other, verify
+from meanflow.data.latents import LatentsConfig, find_fault, open_latents, refuse_other, verify
 from meanflow.data.listing import Listing, open_listing
 from meanflow.data.shards import (
     FORMAT,
@@ -58,8 +58,8 @@ def prepare(
     batch: int = BATCH,
     say: Say = lambda line: None,
     shard_images: int = SHARD_IMAGES,
-) -> None:
-    """Encode what is not encoded yet of this process's share: every world-th shard. Returns at once if all is there.
+) -> bool:
+    """Encode what is not encoded yet of this process's share: every world-th shard. False, at once, if all is there.
 
     Processes need no connection: whoever finds all shards done writes the manifest. So it is there once all
     processes have returned (where files of other machines show late, one more call in one process writes it).
@@ -80,10 +80,10 @@ def prepare(
     """
     folder = Path(config.latents).expanduser()
     if _is_prepared(folder, config):
-        return
+        return False
     if config.source == "folder" and config.images is None:
         open_latents(folder, config)  # says what is wrong with it
-        return
+        return False
     with ExitStack() as stack:
         listing = stack.enter_context(open_listing(config, world))
         codec = open_codec(config.vae, device, config.decode_precision, config.decode_batch)
@@ -92,6 +92,9 @@ def prepare(
         remove_leftovers(folder, rank, world)
         plan = _settle(folder, wanted, rank)
         todo = [k for k in range(rank, plan.shards, world) if shard_entry(folder, plan, k) is None]
+        if todo:  # a manifest that is there lists a shard that has to be made again
+            with write_errors_named(folder / MANIFEST):
+                (folder / MANIFEST).unlink(missing_ok=True)
         _warn_of_space(folder, plan, world, todo, say)
         _encode(folder, plan, listing, codec, todo, rank, skip_broken, batch)
         manifest = write_manifest(folder, plan, rank)
@@ -99,6 +102,7 @@ def prepare(
         say(_summary(folder, manifest))
     else:
         say(f"{folder}: this process's shards are done; the last of the others completes the latents")
+    return True
 
 
 def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
@@ -109,7 +113,7 @@ def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
     refuse_other(manifest.plan, config, folder)
     plan = manifest.plan
     same_images = config.images is None or plan.images == _absolute(config.images)
-    return same_images and all(shard_entry(folder, plan, index) for index in range(plan.shards))
+    return same_images and find_fault(folder, manifest) is None
 
 
 def _absolute(path: str | None) -> str | None:
@@ -271,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     world = int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    prepare(config, rank, world, device, args.skip_broken, args.batch, say, args.shard)
+    if not prepare(config, rank, world, device, args.skip_broken, args.batch, say, args.shard):
+        say(f"{args.out}: all latents are there already; --verify compares their checksums")
     return 0
 
 
