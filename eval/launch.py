@@ -71,14 +71,14 @@ def launch(count: int, program: list[str], logs: Path) -> int:
 
 def _explain(codes: dict[int, int], logs: Path) -> int:
     """The code that counts among those of the processes that failed, by rank; shows the words that belong to it."""
-    if codes.get(0) in EXPLAINED:
+    if codes.get(0) in EXPLAINED - {EXIT_INCOMPLETE}:
         return codes[0]
-    stopped = (EXIT_TERMINATED, -signal.SIGTERM)  # by the agent, since another one failed
+    stopped = (EXIT_TERMINATED, -signal.SIGTERM, EXIT_INCOMPLETE)  # by the agent or alone, since another one failed
     culprits = [rank for rank, code in codes.items() if code not in stopped]
     for rank in culprits:
         for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):  # none of process 0, whose words were shown
             print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
-    return codes[culprits[0]] if culprits else next(iter(codes.values()))
+    return codes[culprits[0]] if culprits else codes.get(0, next(iter(codes.values())))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ release's names; its constant resampling filters are buffers there and checked h
 """
 
 import argparse
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from meanflow.errors import AssetError
 from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint, file_sha256
+from meanflow.training.checkpoint import FORMAT, Checkpoint, file_sha256, load_tensors
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.run_folder import environment
 from unet import UNet
@@ -42,7 +43,7 @@ def read_official(path: Path) -> Checkpoint | None:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = load_tensors(path, mmap=zipfile.is_zipfile(path))
     except Exception:  # a damaged file raises nearly anything in PyTorch's reader
         return None  # whoever asked reports it as what they expected
     model = content.get("model") if isinstance(content, dict) else None

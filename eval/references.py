@@ -26,6 +26,7 @@ ADM_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
+NUMBERS = "fiu"  # numpy's kinds
 NAMED = (*CIFAR10_SPLITS, ADM)
 
 
@@ -125,10 +126,17 @@ def _from_npz(path: Path) -> Reference:
         return Reference(str(path), digest, holds, statistics, images, ("prc",))
     made_by = None
     if "extractor" in file:
-        made_by = (str(file["extractor"]), str(file["weights"]) if "weights" in file else "")
+        made_by = (_text(file, "extractor", path), _text(file, "weights", path) if "weights" in file else "")
     n = _count(file, path) if "n" in file else None
-    provenance = str(file["provenance"]) if "provenance" in file else ""
+    provenance = _text(file, "provenance", path) if "provenance" in file else ""
     return Reference(str(path), digest, holds, statistics, n=n, provenance=provenance, made_by=made_by)
+
+
+def _text(file: NpzFile, name: str, path: Path) -> str:
+    try:
+        return str(file[name])
+    except (SystemError, ValueError):  # numpy's text may hold what is no character
+        raise AssetError(f"{path}: {name} is not a text") from None
 
 
 def _count(file: NpzFile, path: Path) -> int:
@@ -151,9 +159,10 @@ def validated(mu, sigma, origin: str) -> Statistics:
     covariance.
     """
     try:
-        if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
+        mu, sigma = np.asarray(mu), np.asarray(sigma)
+        if mu.dtype.kind not in NUMBERS or sigma.dtype.kind not in NUMBERS:
             raise TypeError
-        mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     except (TypeError, ValueError):
         raise NumericsError(f"{origin}: mu or sigma is not an array of numbers") from None
     if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):

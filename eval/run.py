@@ -16,7 +16,7 @@ from eval.score import ScoreDuring, floor, preflight, score_run
 from meanflow.errors import run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.config import RunConfig, config_to_yaml, load_config
-from meanflow.training.distributed import Processes, start_processes, stop_processes
+from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
 from meanflow.training.estimate import estimate
 from meanflow.training.loop import train
 from meanflow.training.network import build_network, count_parameters
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             if processes.is_main:
                 print(config_to_yaml(config), report, sep="\n")
             return 0
-        return job(config, run, processes)
+        with lost_peers_named(processes):
+            return job(config, run, processes)
     finally:
         stop_processes()
 

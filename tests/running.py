@@ -215,6 +215,8 @@ def _entry(module: str, arguments: list[str], files: tuple[Path, Path], how: dic
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare := how.get("prepare"):
+        prepare()
     code = run_main(importlib.import_module(module).main, arguments)
     sys.stdout.flush()
     sys.exit(code)

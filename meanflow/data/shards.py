@@ -261,6 +261,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(
             plan, tree["count"], shards, tree["labels_sha256"], tuple(tuple(pair) for pair in tree["skipped"])
         )
+        if len(shards) != plan.shards:
+            raise ValueError("its numbers do not agree")
         expected = [shard_path(folder, index).name for index in range(plan.shards)]
         if [shard.file for shard in shards] != expected or sum(shard.count for shard in shards) != manifest.count:
             raise ValueError("its numbers do not agree")

@@ -6,9 +6,11 @@ stands beside it: both are written under another name, flushed to disk, and rena
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -23,6 +25,7 @@ from torch import Tensor
 from meanflow.errors import AssetError
 
 FORMAT = 2
+LEGACY_PICKLES = 2**26  # bytes; names and shapes of tensors are far smaller
 PARTS = ("model", "ema", "optimizer")
 FACTS = {"step": int, "images": int, "seconds": int | float, "config": dict, "data": dict}  # of `meta`, at least
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter in `optimizer`
@@ -159,19 +162,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise AssetError(f"{path}: is not a checkpoint of this project") from error
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, mmap: bool = False) -> Any:
     """`torch.load` of tensors and containers on the CPU, and of what `torch.serialization.safe_globals` allows.
 
-    PyTorch stores tensors as they are: a zip that unpacks to more than its size is a bomb, and an AssetError. For a
-    damaged file it raises nearly anything.
+    Raises AssetError for bombs, which PyTorch would read into memory; for a damaged file nearly anything.
+    """
+    _refuse_bombs(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that the next line refuses anyway
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _refuse_bombs(path: Path) -> None:
+    """PyTorch stores tensors as they are, so a zip must not unpack to more than its size.
+
+    And the one thing that its reader of weights alone calls with a size of the file's choosing is bytearray.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
                 raise AssetError(f"{path}: unpacks to more than it is, which no checkpoint does")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickles that the next line refuses anyway
-        return torch.load(path, map_location="cpu", weights_only=True)
+            pickles = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith("/data.pkl")]
+    else:
+        with open(path, "rb") as file:  # as PyTorch wrote before 1.6: five pickles, then the tensors
+            pickles = [io.BytesIO(file.read(LEGACY_PICKLES))] * 5
+    for pickled in pickles:
+        for op, argument, _ in pickletools.genops(pickled):
+            if op.name == "GLOBAL" and argument.endswith("bytearray"):
+                raise AssetError(f"{path}: holds more than tensors (a bytearray)")
 
 
 def _check_kinds(checkpoint: Checkpoint) -> None:

@@ -7,12 +7,16 @@ all-reduce of a bucket while the backward pass goes on.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from meanflow.errors import IncompleteError
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -62,6 +66,19 @@ def start_processes(device: str | None = None) -> Processes:
 def stop_processes() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_peers_named(processes: Processes) -> Iterator[None]:
+    """Raises IncompleteError where a collective fails because another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's are of this type
+        if processes.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise IncompleteError(
+            f"process {processes.rank} lost another process, whose own message says why; the same command continues"
+        ) from error
 
 
 class GradientSum:

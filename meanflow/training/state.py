@@ -84,7 +84,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
         copy_strictly(average, checkpoint.ema[repr(decay)], f"{where}: EMA {decay}")
     for name, values in checkpoint.optimizer.items():
         like = parameters.get(name)
-        if like is None or any(value.ndim and value.shape != like.shape for value in values.values()):
+        shapes = {key: value.shape for key, value in values.items()}
+        if like is None or shapes != {key: () if key == "step" else like.shape for key in values}:
             raise AssetError(f"{where}: the optimiser's state of {name} does not fit the network")
         state.optimizer.state[like] = {
             key: value.to(device=like.device, dtype=torch.float32)

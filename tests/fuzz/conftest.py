@@ -6,6 +6,7 @@ Few are the same at each run; many are new ones. Every test also bounds the memo
 import faulthandler
 import os
 import resource
+import sys
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -32,7 +33,7 @@ def peak_mb() -> float:
 
 @pytest.fixture(autouse=True)
 def _no_blow_up_and_no_hang():
-    faulthandler.dump_traceback_later(HANG_S + INPUTS * 0.1, exit=True)
+    faulthandler.dump_traceback_later(HANG_S + INPUTS * 0.1, exit=True, file=sys.__stderr__)
     before = peak_mb()
     yield
     faulthandler.cancel_dump_traceback_later()

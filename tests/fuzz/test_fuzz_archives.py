@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import mutated, refused, written
+from mutations import NUMBERS, mutated, refused, written
 from running import write_images
 
 from meanflow.data import DataConfig, load_dataset
@@ -90,6 +90,31 @@ def test_a_mutated_compressed_tar(tmp_path_factory, files, data):
 def test_a_mutated_zip(tmp_path_factory, files, data):
     methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
     load(tmp_path_factory.getbasetemp(), "d.zip", data.draw(mutated([zip_of(files, m) for m in methods], NAMES)))
+
+
+@given(data=st.data())
+def test_a_zip_whose_directory_says_other_things(tmp_path_factory, files, data):
+    """Every checksum is right, so that the facts of its members are believed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            info = zipfile.ZipInfo(name)
+            archive.writestr(info, content)
+            kind = data.draw(st.sampled_from(["none", "name", "mode", "flags", "method", "size", "extra"]))
+            if kind == "name":
+                info.filename = data.draw(mutated([name.encode()], NAMES)).decode("utf-8", "replace")
+            elif kind == "mode":
+                info.external_attr = data.draw(st.integers(0, 2**32 - 1))
+            elif kind == "flags":
+                info.flag_bits ^= 1 << data.draw(st.integers(0, 15))
+            elif kind == "method":
+                info.compress_type = data.draw(st.sampled_from([0, 1, 6, 8, 9, 12, 14, 93, 95, 98]))
+            elif kind == "size":
+                field = data.draw(st.sampled_from(["file_size", "compress_size", "header_offset"]))
+                setattr(info, field, data.draw(st.sampled_from(NUMBERS[:-4]) | st.integers(0, 300)))
+            elif kind == "extra":
+                info.extra = data.draw(st.binary(max_size=30))
+    load(tmp_path_factory.getbasetemp(), "f.zip", out.getvalue())
 
 
 @given(data=st.data())

@@ -1,0 +1,82 @@
+"""`bash run.sh torture [NAME …]`: every promise, long; a table at the end, also as report.md and report.json."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from torture import fuzzing, haul, kills, nodes, ranks, storage
+
+# name: (promise, function of a folder, number in docs/reliability.md)
+PROMISES = {
+    "kills": ("Killed anywhere, the same command ends bit-equal", lambda folder: kills.anywhere(folder, kills=60)),
+    "end": ("Killed before any file operation after training", kills.after_training),
+    "latents": ("Killed before any file operation of latent preparation", kills.in_preparation),
+    "storage": ("A damaged newest checkpoint costs only its steps", lambda folder: storage.damaged(folder, times=60)),
+    "truth": ("1, 2 and 4 processes compute the same", lambda folder: ranks.truth(folder, (1, 2, 4), steps=20)),
+    "elastic": ("1 → 2 → 4 → 1 processes, one curve", lambda folder: ranks.elastic(folder, (1, 2, 4, 1), steps=40)),
+    "drift": ("A process that drifts stops the run and is named", lambda folder: ranks.drift(folder, world=4)),
+    "nodes": ("Two nodes train together, and survive a kill", lambda folder: nodes.two_agents(folder, steps=60)),
+    "failure": ("One failing process ends all within seconds", nodes.one_fails),
+    "repeat": ("deterministic: true is bit-equal", lambda folder: ranks.repeat(folder, steps=50)),
+    "haul": ("20,000 steps: memory, files and time flat", lambda folder: haul.steps(folder, steps=20_000)),
+    "scores": ("100 evaluations leak nothing", lambda folder: haul.evaluations(folder, count=100)),
+    "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=5000)),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bash run.sh torture", description=__doc__)
+    parser.add_argument("name", nargs="*", choices=[[], *PROMISES], help=f"only these: {', '.join(PROMISES)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="folder (runs/torture)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    work = args.out.resolve() / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    rows, chosen = [], args.name or list(PROMISES)
+    for number, name in enumerate(chosen, 1):
+        promise, check = PROMISES[name]
+        say(f"[{number}/{len(chosen)}] {promise} …")
+        (work / name).mkdir(parents=True)
+        start = time.monotonic()
+        try:
+            kept, figure = True, check(work / name)
+        except AssertionError as error:
+            kept, figure = False, " ".join(str(error).split())[:300] or "see above"
+        rows.append({"name": name, "promise": promise, "kept": kept, "figure": figure})
+        rows[-1]["seconds"] = round(time.monotonic() - start, 1)
+        say(f"    {'kept' if kept else 'BROKEN'}: {figure} ({rows[-1]['seconds']} s)")
+    report = {"machine": machine(), "seconds": round(sum(row["seconds"] for row in rows)), "rows": rows}
+    table = markdown(report)
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (args.out / "report.md").write_text(table, encoding="utf-8")
+    say(f"\n{table}\n{args.out / 'report.json'}  {args.out / 'report.md'}")
+    return 0 if all(row["kept"] for row in rows) else 1
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def machine() -> str:
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def markdown(report: dict) -> str:
+    lines = ["| promise | kept | figure | seconds |", "|---|---|---|---|"]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['promise']} | {'yes' if row['kept'] else '**no**'} | {row['figure']} | {row['seconds']} |"
+        )
+    return "\n".join([*lines, "", f"{report['machine']}; {report['seconds'] / 60:.0f} minutes in all.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
