@@ -152,6 +152,13 @@ def test_a_network_of_another_shape_is_named(train_tiny, changes):
         train_tiny(**changes)
 
 
+def test_wrong_classes_are_named_before_anything_is_encoded(train_tiny, changes, tmp_path):
+    changes["model"] |= {"classes": 7}
+    with pytest.raises(ConfigError, match=r"model\.classes=10"):
+        train_tiny(**changes)
+    assert not (tmp_path / "latents").exists()
+
+
 # --- fine-tuning -------------------------------------------------------------------------------------------------
 
 

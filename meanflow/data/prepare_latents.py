@@ -58,6 +58,8 @@ def prepare(
     batch: int = BATCH,
     say: Say = lambda line: None,
     shard_images: int = SHARD_IMAGES,
+    shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
 ) -> bool:
     """Encode what is not encoded yet of this process's share: every world-th shard. False, at once, if all is there.
 
@@ -72,10 +74,11 @@ def prepare(
         batch: images encoded at once.
         say: told what is done, in single lines.
         shard_images: files a shard stands for, in a new preparation.
+        shape, classes: of the latents and labels that a network takes; None: any.
 
     Raises:
         AssetError: an image, archive, VAE or disk that cannot be used, or another process at work in the folder.
-        ConfigError: the folder was begun with other settings or images.
+        ConfigError: the folder was begun with other settings or images, or the network takes others.
         NumericsError: the VAE gives NaN or infinity.
     """
     folder = Path(config.latents).expanduser()
@@ -88,6 +91,7 @@ def prepare(
         listing = stack.enter_context(open_listing(config, world))
         codec = open_codec(config.vae, device, config.decode_precision, config.decode_batch)
         wanted = _plan(config, listing, codec, shard_images)
+        _refuse_another_network(wanted, shape, classes)
         stack.enter_context(_hold(folder, rank))
         remove_leftovers(folder, rank, world)
         plan = _settle(folder, wanted, rank)
@@ -103,6 +107,20 @@ def prepare(
     else:
         say(f"{folder}: this process's shards are done; the last of the others completes the latents")
     return True
+
+
+def _refuse_another_network(plan: Plan, shape: tuple[int, int, int] | None, classes: int | None) -> None:
+    """Before hours of encoding rather than after. Raises ConfigError."""
+    if shape is not None and plan.shape != shape:
+        raise ConfigError(
+            f"the latents would be {plan.shape} (channels, height, width) and the model is set to {shape}: change its "
+            "channels and image_size, or data.image_size"
+        )
+    if classes and len(plan.classes) != classes:
+        raise ConfigError(
+            f"data.images {plan.images} has {len(plan.classes)} classes and model.classes is {classes}: set "
+            f"model.classes={len(plan.classes)}"
+        )
 
 
 def _is_prepared(folder: Path, config: LatentsConfig) -> bool:

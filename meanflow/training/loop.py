@@ -111,9 +111,10 @@ def train(
 def open_data(config: RunConfig, processes: Processes, say: Say) -> Dataset | Latents:
     """The main process downloads what is missing before the others look; latents are prepared by all of them."""
     if isinstance(config.data, LatentsConfig):
-        prepare(config.data, processes.rank, processes.world, processes.device, say=say)
-        processes.barrier()
         shape = (config.model.channels, config.model.image_size, config.model.image_size)
+        mine = (processes.rank, processes.world, processes.device)
+        prepare(config.data, *mine, say=say, shape=shape, classes=config.model.classes)
+        processes.barrier()
         return open_latents(Path(config.data.latents), config.data, shape)
     if not processes.is_main:
         processes.barrier()
