@@ -6,7 +6,7 @@ format (NCHW). Network, dropout, batch and optimiser are the same.
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Setting:
         return f"{self.way}, {self.precision}{', compiled' if self.compile else ''}"
 
     def config(self) -> RunConfig:
-        """Raises ConfigError."""
+        """Without guidance, whose passes are no part of the derivative's cost. Raises ConfigError."""
         sets = [*self.overrides, f"train.batch={self.batch}", "train.microbatch=null"]
         sets += [f"train.precision={self.precision}", f"train.compile={str(self.compile).lower()}"]
         if self.way == FLOW_MATCHING:
@@ -56,7 +56,7 @@ class Setting:
             sets += [f"loss.jvp={self.way}"]
         if self.compile:
             sets += ["loss.jvp=func"]
-        return load_config(self.recipe, sets)
+        return replace(load_config(self.recipe, sets), guidance=None)
 
 
 class Step:
@@ -97,7 +97,7 @@ class Step:
     def __call__(self) -> Tensor:
         configure_numerics(self.config.train)
         self.backward()
-        return update(self.state.optimizer, self.gradients.parameters, self.config.optim, 0)
+        return update(self.state.optimizer, self.gradients.parameters, self.config.optim, 0, self.state.guard)
 
     def flops(self) -> int:
         """Multiplications and additions of matrix products and convolutions, forward and backward."""
@@ -107,7 +107,7 @@ class Step:
 
 
 def in_default_format(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(batch.x.contiguous(), batch.eps.contiguous(), batch.t, batch.r, batch.cond)
+    return replace(batch, x=batch.x.contiguous(), eps=batch.eps.contiguous())
 
 
 def plain_loss(tangent: Callable, network: nn.Module, batch: MicroBatch, config: LossConfig) -> MeanFlowLoss:
