@@ -54,8 +54,6 @@ class Setting:
             sets += ["times.ratio=0"]
         if self.way in ("dual", "func"):
             sets += [f"loss.jvp={self.way}"]
-        if self.compile:
-            sets += ["loss.jvp=func"]
         return replace(load_config(self.recipe, sets), guidance=None)
 
 
@@ -118,8 +116,8 @@ def plain_loss(tangent: Callable, network: nn.Module, batch: MicroBatch, config:
     v = eps - x
     dr, dt = TANGENTS[config.tangent]
     u, dudt = tangent(network, z, t, r, v, dt, dr, batch.cond)
-    target = v - (t - r).view(column) * dudt.float()
-    squared_error = (u.float() - target.detach()).square().flatten(1).sum(1)
+    target = v - (t - r).view(column) * dudt.to(x.dtype)
+    squared_error = (u.to(x.dtype) - target.detach()).square().flatten(1).sum(1)
     weight = (1 / (squared_error + config.c) ** config.p).detach()
     return MeanFlowLoss(weight * squared_error, squared_error.detach())
 

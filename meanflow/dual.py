@@ -258,7 +258,7 @@ def gelu(input: Dual, approximate: str = "none") -> Dual:
 
 @rule("dropout")
 def dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
-    """The tangent meets the value's own mask."""
+    """The tangent meets the value's own mask, which is the one that F.dropout draws from the same seed."""
     if not training or p == 0:
         return input
     value, mask = torch.native_dropout(input.value, p, True)
