@@ -208,7 +208,7 @@ def _outside(config: RunConfig, state: TrainState, step_seconds: float, device: 
 def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
     """Rate of noise → network → uint8 on the host, as a share of the bare forward pass's."""
     network, device = state.network.eval(), plan.device
-    model = Model(network, config, plan.recipe, WEIGHTS, {})
+    model = Model(network, config, plan.recipe, WEIGHTS, {}, None)
     labels = torch.arange(plan.batch) % config.model.classes if config.model.classes else None
     z = torch.randn(plan.batch, *model.shape, device=device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(device)}

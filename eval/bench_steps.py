@@ -6,7 +6,7 @@ format (NCHW). Network, dropout, batch and optimiser are the same.
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,16 +47,14 @@ class Setting:
         return f"{self.way}, {self.precision}{', compiled' if self.compile else ''}"
 
     def config(self) -> RunConfig:
-        """Raises ConfigError."""
+        """Without guidance, whose passes are no part of the derivative's cost. Raises ConfigError."""
         sets = [*self.overrides, f"train.batch={self.batch}", "train.microbatch=null"]
         sets += [f"train.precision={self.precision}", f"train.compile={str(self.compile).lower()}"]
         if self.way == FLOW_MATCHING:
             sets += ["times.ratio=0"]
         if self.way in ("dual", "func"):
             sets += [f"loss.jvp={self.way}"]
-        if self.compile:
-            sets += ["loss.jvp=func"]
-        return load_config(self.recipe, sets)
+        return replace(load_config(self.recipe, sets), guidance=None)
 
 
 class Step:
@@ -97,7 +95,7 @@ class Step:
     def __call__(self) -> Tensor:
         configure_numerics(self.config.train)
         self.backward()
-        return update(self.state.optimizer, self.gradients.parameters, self.config.optim, 0)
+        return update(self.state.optimizer, self.gradients.parameters, self.config.optim, 0, self.state.guard)
 
     def flops(self) -> int:
         """Multiplications and additions of matrix products and convolutions, forward and backward."""
@@ -107,7 +105,7 @@ class Step:
 
 
 def in_default_format(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(batch.x.contiguous(), batch.eps.contiguous(), batch.t, batch.r, batch.cond)
+    return replace(batch, x=batch.x.contiguous(), eps=batch.eps.contiguous())
 
 
 def plain_loss(tangent: Callable, network: nn.Module, batch: MicroBatch, config: LossConfig) -> MeanFlowLoss:
@@ -118,8 +116,8 @@ def plain_loss(tangent: Callable, network: nn.Module, batch: MicroBatch, config:
     v = eps - x
     dr, dt = TANGENTS[config.tangent]
     u, dudt = tangent(network, z, t, r, v, dt, dr, batch.cond)
-    target = v - (t - r).view(column) * dudt.float()
-    squared_error = (u.float() - target.detach()).square().flatten(1).sum(1)
+    target = v - (t - r).view(column) * dudt.to(x.dtype)
+    squared_error = (u.to(x.dtype) - target.detach()).square().flatten(1).sum(1)
     weight = (1 / (squared_error + config.c) ** config.p).detach()
     return MeanFlowLoss(weight * squared_error, squared_error.detach())
 

@@ -39,6 +39,11 @@ class Dual:
         """n, the number of leading rows that have a tangent."""
         return self.tangent.shape[0]
 
+    @property
+    def head(self) -> Tensor:
+        """The rows of the value that have a tangent, without their graph."""
+        return self.value.detach()[: self.rows]
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = func.__name__.strip("_")
@@ -106,9 +111,11 @@ def value_of(x: Any) -> Any:
 
 
 def leading(x: Any, like: Dual) -> Any:
-    """The part of a constant operand that meets the first rows of `like`; scalars and broadcast tensors pass."""
-    per_row = isinstance(x, Tensor) and x.ndim == like.ndim and x.shape[0] == like.shape[0]
-    return x[: like.rows] if per_row else x
+    """What of a constant operand meets the first rows of `like`, without graph; scalars and broadcast tensors pass."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    return x[: like.rows] if x.ndim == like.ndim and x.shape[0] == like.shape[0] else x
 
 
 # --- linear in one operand -------------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ def mul(x, y) -> Dual:
         x, y = y, x
     value = x.value * value_of(y)
     if isinstance(y, Dual):
-        return dual(value, lambda: x.tangent * y.value[: x.rows] + x.value[: x.rows] * y.tangent)
+        return dual(value, lambda: x.tangent * y.head + x.head * y.tangent)
     return dual(value, lambda: x.tangent * leading(y, x))
 
 
@@ -230,28 +237,28 @@ def div(x: Dual, y) -> Dual:
 
 @rule("sin")
 def sin(x: Dual) -> Dual:
-    return dual(torch.sin(x.value), lambda: x.tangent * torch.cos(x.value[: x.rows]))
+    return dual(torch.sin(x.value), lambda: x.tangent * torch.cos(x.head))
 
 
 @rule("cos")
 def cos(x: Dual) -> Dual:
-    return dual(torch.cos(x.value), lambda: -x.tangent * torch.sin(x.value[: x.rows]))
+    return dual(torch.cos(x.value), lambda: -x.tangent * torch.sin(x.head))
 
 
 @rule("silu")
 def silu(input: Dual, inplace: bool = False) -> Dual:
-    return dual(F.silu(input.value), lambda: aten.silu_backward(input.tangent, input.value[: input.rows]))
+    return dual(F.silu(input.value), lambda: aten.silu_backward(input.tangent, input.head))
 
 
 @rule("gelu")
 def gelu(input: Dual, approximate: str = "none") -> Dual:
     value = F.gelu(input.value, approximate=approximate)
-    return dual(value, lambda: aten.gelu_backward(input.tangent, input.value[: input.rows], approximate=approximate))
+    return dual(value, lambda: aten.gelu_backward(input.tangent, input.head, approximate=approximate))
 
 
 @rule("dropout")
 def dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
-    """The tangent meets the value's own mask."""
+    """The tangent meets the value's own mask, which is the one that F.dropout draws from the same seed."""
     if not training or p == 0:
         return input
     value, mask = torch.native_dropout(input.value, p, True)
@@ -284,9 +291,9 @@ def group_norm(input: Dual, num_groups: int, weight=None, bias=None, eps: float 
     def tangent() -> Tensor:
         dx = input.tangent.to(x.dtype).contiguous(memory_format=memory_format)
         sizes = (rows, channels, positions, num_groups)
-        operands = (dx, x[:rows], mean[:rows], rstd[:rows], None)
+        operands = (dx, *(part.detach()[:rows] for part in (x, mean, rstd)), None)
         out = aten.native_group_norm_backward(*operands, *sizes, [True, False, False])[0]
-        return out if weight is None else out * weight.view(-1, *[1] * (x.ndim - 2))
+        return out if weight is None else out * weight.detach().view(-1, *[1] * (x.ndim - 2))
 
     return dual(value, tangent)
 
@@ -298,9 +305,11 @@ def layer_norm(input: Dual, normalized_shape, weight=None, bias=None, eps: float
 
     def tangent() -> Tensor:
         dx = input.tangent.to(x.dtype).contiguous()
-        operands = (dx, x[:rows], list(normalized_shape), mean[:rows], rstd[:rows], None, None)
-        out = aten.native_layer_norm_backward(*operands, [True, False, False])[0]
-        return out if weight is None else out * weight
+        x_, mean_, rstd_ = (part.detach()[:rows] for part in (x, mean, rstd))
+        out = aten.native_layer_norm_backward(
+            dx, x_, list(normalized_shape), mean_, rstd_, None, None, [True, False, False]
+        )[0]
+        return out if weight is None else out * weight.detach()
 
     return dual(value, tangent)
 
@@ -313,8 +322,8 @@ def attention(query: Dual, key: Dual, value: Dual, scale: float | None = None) -
     """
 
     def tangent() -> Tensor:
-        rows, factor = query.rows, query.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = query.value[:rows], key.value[:rows], value.value[:rows]
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = query.head, key.head, value.head
         p = torch.softmax((q @ k.mT) * factor, dim=-1)  # (n, …, T, T)
         ds = (query.tangent @ k.mT + q @ key.tangent.mT) * factor
         dp = p * (ds - (p * ds).sum(-1, keepdim=True))

@@ -77,7 +77,10 @@ from unet import UNet
         ({"eval__steps": []}, ["eval.steps"]),
         ({"eval__steps": [1, 0]}, ["eval.steps"]),
         ({"eval__every": 0}, ["eval.every"]),
-        ({"train__compile": True}, ["train.compile", "loss.jvp"]),
+        (
+            {"train__compile": True, "train__activation_checkpointing": True},
+            ["train.activation_checkpointing", "train.compile", "loss.jvp"],
+        ),
         ({"seed": -1}, ["seed"]),
         ({"seed": 2**63}, ["seed"]),
         ({"model__augment_labels": 6}, ["model.augment_labels", "data.flip"]),

@@ -35,10 +35,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return super().forward(x)
         # torch.compile cannot trace F.group_norm under torch.func.jvp (PyTorch issue 152185), but fuses this.
-        grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (self.num_groups, -1))
+        grouped = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.num_groups, -1))
         variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
         normal = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]

@@ -105,7 +105,7 @@ class TrainConfig:
     steps: int
     precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast)
     activation_checkpointing: bool  # keep only each block's input, compute it again in the backward pass
-    compile: bool  # torch.compile of the network; needs loss.jvp: func
+    compile: bool  # torch.compile of u and du/dt together, minutes at the start
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
     check_every: int  # steps between checks that weights and EMAs are finite and the same on every process
     spike_guard: float | None  # leave out updates whose gradient norm is above so many times its mean; null: never
@@ -204,8 +204,11 @@ class RunConfig:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-        if self.train.compile and self.loss.jvp == "dual":
-            raise ValueError("train.compile: torch.compile cannot trace dual numbers; set loss.jvp to func with it")
+        if self.train.compile and self.train.activation_checkpointing and self.loss.jvp == "dual":
+            raise ValueError(
+                "train.activation_checkpointing is lost in the compiled graph of dual numbers: set train.compile to "
+                "false, or loss.jvp to func"
+            )
         if self.train.activation_checkpointing and self.loss.jvp != "dual":
             raise ValueError("train.activation_checkpointing: torch.func has no such thing; set loss.jvp to dual")
         if self.guidance is not None and not self.model.classes:

@@ -10,6 +10,7 @@ from meanflow.guidance import guided_velocity
 from meanflow.objective import MeanFlowLoss, interpolate, meanflow_loss
 from meanflow.tangent import Network, value_and_tangent
 from meanflow.training.batches import MicroBatch
+from meanflow.training.compiled import compiled_derivative
 from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
 from meanflow.training.distributed import GradientSum
 from meanflow.training.guard import Guard
@@ -33,10 +34,7 @@ def configure_numerics(config: TrainConfig) -> None:
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
     """The loss of a micro-batch; networks run under bf16 autocast if the recipe says so, the target never does."""
     bf16 = config.train.precision == "bf16"
-    # Compiled as a whole: PyTorch runs a compiled *network* eagerly, without a word, inside its own jvp.
-    derivative = (
-        torch.compile(value_and_tangent, dynamic=False, fullgraph=True) if config.train.compile else value_and_tangent
-    )
+    derivative = compiled_derivative(network, config.loss.jvp) if config.train.compile else value_and_tangent
 
     def velocity(z, t, r, **cond):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
