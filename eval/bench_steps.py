@@ -66,31 +66,31 @@ class Step:
         self.batch = random_batch(self.config, setting.batch, device)
         self.state = state or fresh_state(self.config, device)
         self.state.network.train()
-        self.loss = self._loss()
+        if setting.way == PLAIN:
+            self.state.network.to(memory_format=torch.contiguous_format)
+            self.batch = in_default_format(self.batch)
+        self.loss = self._loss(setting.compile)
         self.gradients = GradientSum(self.state.network, Processes(0, 1, device))
 
-    def _loss(self) -> LossFunction:
+    def _loss(self, compile: bool) -> LossFunction:
         network, config, way = self.state.network, self.config, self.setting.way
         if way not in (PLAIN, SEPARATE):
-            return make_loss(network, config, self.device)
-        if way == PLAIN:
-            network.to(memory_format=torch.contiguous_format)
-            self.batch = in_default_format(self.batch)
-        taken = plain_tangent if way == PLAIN else separate_tangent
-        taken = torch.compile(taken, dynamic=False) if config.train.compile else taken
+            return make_loss(network, replace(config, train=replace(config.train, compile=compile)), self.device)
+        tangent = plain_tangent if way == PLAIN else separate_tangent
+        tangent = torch.compile(tangent, dynamic=False) if compile else tangent
         bf16 = config.train.precision == "bf16"
 
         def loss(batch: MicroBatch) -> MeanFlowLoss:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-                return plain_loss(taken, network, batch, config.loss)
+                return plain_loss(tangent, network, batch, config.loss)
 
         return loss
 
-    def backward(self) -> None:
+    def backward(self, loss: LossFunction | None = None) -> None:
         """Forward and backward pass alone."""
         torch.manual_seed(0)
         sums = StepSums(self.device, False)
-        accumulate(self.loss, [self.batch], 1, self.setting.batch, self.gradients, sums)
+        accumulate(loss or self.loss, [self.batch], 1, self.setting.batch, self.gradients, sums)
 
     def __call__(self) -> Tensor:
         configure_numerics(self.config.train)
@@ -98,9 +98,9 @@ class Step:
         return update(self.state.optimizer, self.gradients.parameters, self.config.optim, 0, self.state.guard)
 
     def flops(self) -> int:
-        """Multiplications and additions of matrix products and convolutions, forward and backward."""
+        """Multiplications and additions of matrix products and convolutions, forward and backward (run eagerly)."""
         with FlopCounterMode(display=False) as counter:
-            self.backward()
+            self.backward(self._loss(compile=False))
         return counter.get_total_flops()
 
 

@@ -23,7 +23,7 @@ from meanflow.training.run_folder import environment
 SHAPE = (4, 32, 32)
 
 
-def write_random_latents(folder: Path, count: int, seed: int = 0) -> None:
+def write_random_latents(folder: Path, count: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> None:
     """A finished preparation of `count` random latents. Raises AssetError if the disk has no room for it."""
     plan = Plan(
         format=FORMAT,
@@ -34,7 +34,7 @@ def write_random_latents(folder: Path, count: int, seed: int = 0) -> None:
         files=count,
         classes=("random",),
         image_size=256,
-        shape=SHAPE,
+        shape=shape,
         dtype="float16",
         scale=1.0,
         codec={"name": "random", "sha256": None},
@@ -49,7 +49,7 @@ def write_random_latents(folder: Path, count: int, seed: int = 0) -> None:
     for index in range(plan.shards):
         n = len(plan.numbers(index))
         with new_shard(folder, plan, index, rank=0) as shard:
-            shard.add(torch.randn(n, 2, 2, *SHAPE, generator=generator), [0] * n)
+            shard.add(torch.randn(n, 2, 2, *shape, generator=generator), [0] * n)
     write_manifest(folder, plan, rank=0)
 
 

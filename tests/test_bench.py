@@ -1,0 +1,179 @@
+"""`eval.bench` on tiny recipes; and what a step costs, in counts: network passes by kind, tensors kept, host waits."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from running import guided_latent_changes, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eval import bench, bench_rows
+from eval.bench_clock import Spread, ratio, take_turns
+from eval.bench_rows import Row
+from eval.bench_steps import FLOW_MATCHING, PLAIN, SEPARATE, Setting, Step, peak_memory
+from meanflow.errors import UserError
+from meanflow.training.batches import BatchStream
+from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.loop import open_data
+from meanflow.training.metrics import MetricsLog, StepSums
+from meanflow.training.state import fresh_state
+from meanflow.training.step import accumulate, configure_numerics, make_loss, update
+
+CPU = torch.device("cpu")
+B, N = 8, 6  # rows of a batch, and those with r ≠ t: the recipe's 75 %
+
+
+@pytest.fixture
+def step(recipe):
+    """`step(way, …)` is one step of the tiny recipe."""
+    path = recipe(model__attention=[8], model__dropout=0.2)
+    return lambda way, *overrides: Step(Setting(path, overrides, B, way, "fp32", False), CPU)
+
+
+class Passes(TorchDispatchMode):
+    """Counts convolutions by (kind, rows). As many as the network has with the same rows are one pass of that kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("convolution", "convolution_backward"):
+            grad_output = name == "convolution_backward"
+            kind = "backward" if grad_output else "with graph" if torch.is_grad_enabled() else "without"
+            self.seen[kind, args[0].shape[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def passes(step: Step) -> dict[tuple[str, int], float]:
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in step.state.network.modules())
+    with Passes() as counter:
+        step.backward()
+    return {what: count / convolutions for what, count in counter.seen.items()}
+
+
+def test_flow_matching_is_one_pass_forward_and_one_backward(step):
+    assert passes(step(FLOW_MATCHING)) == {("with graph", B): 1, ("backward", B): 1}
+
+
+def test_dual_numbers_add_one_pass_without_graph_of_the_rows_that_move(step):
+    assert passes(step("dual")) == {("with graph", B): 1, ("without", N): 1, ("backward", B): 1}
+
+
+def test_only_the_rows_that_move_pay(step):
+    assert passes(step("dual", "times.ratio=0.25"))["without", 2] == 1
+    assert passes(step("dual", "times.ratio=1.0"))["without", B] == 1
+
+
+def test_the_other_ways_cost_what_they_are_said_to(step):
+    separate = passes(step(SEPARATE))
+    assert separate[("with graph", B)] == separate[("backward", B)] == 1
+    assert separate[("without", N)] >= 2  # value and tangent once more
+    assert passes(step(PLAIN))["with graph", B] >= 2  # the tangent, of all rows, with a graph that nothing uses
+
+
+def saved_bytes(step: Step) -> int:
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = step.loss(step.batch)
+    assert out.weighted.requires_grad
+    return sum(storages.values())
+
+
+def test_no_graph_is_kept_for_the_tangent(step):
+    """What waits for the backward pass is what Flow Matching keeps: the tangent adds nothing."""
+    assert saved_bytes(step("dual")) <= 1.01 * saved_bytes(step(FLOW_MATCHING))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_never_waits_for_the_gpu_between_reads_of_the_metrics(tmp_path):
+    config = tiny_config(model__attention=[8], model__dropout=0.2, logging__flush_every=50)
+    alone = Processes(0, 1, torch.device("cuda"))
+    configure_numerics(config.train)
+    state, data = fresh_state(config, alone.device), open_data(config, alone, lambda line: None)
+    stream, loss = BatchStream(data, config, alone), make_loss(state.network, config, alone.device)
+    gradients, log = GradientSum(state.network, alone), MetricsLog(tmp_path / "metrics.jsonl", alone, 50, 0.0)
+    for k in range(6):
+        torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
+        sums = StepSums(alone.device, False)
+        accumulate(loss, stream.micro_batches(k), stream.micro_steps, config.train.batch, gradients, sums)
+        norm = update(state.optimizer, gradients.parameters, config.optim, k, state.guard)
+        state.ema.update(k + 1)
+        log.record(k + 1, 0, config.train.batch, 0.0, sums, norm, state.guard.skipped)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_contenders_take_turns_and_drift_cancels():
+    called = []
+    contenders = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = take_turns(contenders, 3, CPU)
+    assert "".join(called) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    drifting = [1.0, 2.0, 4.0]
+    assert ratio([3 * x for x in drifting], drifting) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_a_row_says_whether_it_meets_its_figure():
+    one = Spread.of([1.0])
+    assert [Row("", one, reach, at_most).state for reach, at_most in ((1.1, True), (0.9, True), (1.1, False))] == [
+        "met",
+        "not met",
+        "not met",
+    ]
+    assert Row("", one, None, True).state == "no figure was set"
+    assert Row("", None, 2.0, True, "no GPU").state == "not measurable here: no GPU"
+
+
+def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_rows, "peak_memory", lambda setting, device: 200.0 + len(setting.way))
+    out = tmp_path / "bench.json"
+    how = ["--batch", "8", "--repeats", "2", "--jvp", "dual,func,separate", "--device", "cpu", "--out", str(out)]
+    assert bench.main([str(recipe(model__width=4)), *how]) == 0
+    text, tree = capsys.readouterr().out, json.loads(out.read_text())
+    (report,) = tree["reports"]
+    assert tree["machine"]["torch"] == torch.__version__ and "--repeats 2" in tree["command"]
+    names = [f"{way}, fp32" for way in (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)]
+    assert [step["name"] for step in report["steps"]] == names
+    assert all(name in text for name in names)
+    assert all(len(step["rounds"]) == 2 and step["flops"] > 0 for step in report["steps"])
+    by_name = {row["name"]: row for row in report["rows"]}
+    memory = by_name["peak memory, MeanFlow / Flow Matching step"]
+    assert memory["figure"]["median"] == pytest.approx(204 / 213)
+    assert by_name["MeanFlow / Flow Matching step, r≠t 75%"]["figure"]["median"] > 0
+    gpu = [row["state"] for name, row in by_name.items() if "GPU" in name]
+    assert gpu == ["not measurable here: this is a CPU"] * 2
+    assert sum(row["figure"] is not None for row in report["rows"]) == 5
+
+
+def test_latent_recipes_too(tmp_path, recipe, capsys):
+    path = recipe(**guided_latent_changes(tmp_path / "latents"))
+    assert bench.main([str(path), "--repeats", "1", "--rows", "step,outside,sampling", "--device", "cpu"]) == 0
+    assert "share of the step" in capsys.readouterr().out
+
+
+def test_memory_is_that_of_a_process_of_its_own(recipe):
+    peak = peak_memory(Setting(recipe(model__width=4), (), 2, "dual", "fp32", False), CPU, steps=1)
+    assert 50 < peak < 5000
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--batch", "0"], ["--rows", "speed"], ["--precisions", "fp16"], ["--jvp", "dual,dual"]]
+)
+def test_bad_arguments_are_one_line(arguments):
+    with pytest.raises(UserError, match=arguments[0]):
+        bench.main(arguments)
+
+
+def test_flops_of_a_step(step):
+    """A tangent of N rows costs N/B of a forward pass, of which a step without it makes about three."""
+    flow_matching, dual = (step(way, "model.attention=[]", "model.width=32").flops() for way in (FLOW_MATCHING, "dual"))
+    assert dual / flow_matching == pytest.approx(1 + N / B / 3, rel=0.1)
