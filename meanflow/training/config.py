@@ -206,8 +206,7 @@ class RunConfig:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.train.compile and self.train.activation_checkpointing and self.loss.jvp == "dual":
             raise ValueError(
-                "train.activation_checkpointing is lost in the compiled graph of dual numbers: set train.compile to "
-                "false, or loss.jvp to func"
+                "train.activation_checkpointing would be lost in the compiled graph: set it or train.compile to false"
             )
         if self.train.activation_checkpointing and self.loss.jvp != "dual":
             raise ValueError("train.activation_checkpointing: torch.func has no such thing; set loss.jvp to dual")
