@@ -293,7 +293,7 @@ def group_norm(input: Dual, num_groups: int, weight=None, bias=None, eps: float 
         sizes = (rows, channels, positions, num_groups)
         operands = (dx, *(part.detach()[:rows] for part in (x, mean, rstd)), None)
         out = aten.native_group_norm_backward(*operands, *sizes, [True, False, False])[0]
-        return out if weight is None else out * weight.detach().view(-1, *[1] * (x.ndim - 2))
+        return out if weight is None else out.mul_(weight.detach().view(-1, *[1] * (x.ndim - 2)))
 
     return dual(value, tangent)
 
@@ -305,11 +305,9 @@ def layer_norm(input: Dual, normalized_shape, weight=None, bias=None, eps: float
 
     def tangent() -> Tensor:
         dx = input.tangent.to(x.dtype).contiguous()
-        x_, mean_, rstd_ = (part.detach()[:rows] for part in (x, mean, rstd))
-        out = aten.native_layer_norm_backward(
-            dx, x_, list(normalized_shape), mean_, rstd_, None, None, [True, False, False]
-        )[0]
-        return out if weight is None else out * weight.detach()
+        rest = list(normalized_shape), *(part.detach()[:rows] for part in (mean, rstd)), None, None
+        out = aten.native_layer_norm_backward(dx, x.detach()[:rows], *rest, [True, False, False])[0]
+        return out if weight is None else out.mul_(weight.detach())
 
     return dual(value, tangent)
 
