@@ -6,6 +6,7 @@
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
 #   bash run.sh test [pytest options]  run the tests;  bash run.sh lint: style
+#   bash run.sh torture [NAME ...]     break runs on purpose, for half an hour, and print a table (docs/reliability.md)
 #
 # Python: the active one if it satisfies requirements.txt, else .venv, made here on first use. PYTHON chooses
 # the interpreter. All GPUs of the node are used; NPROC sets the number of processes instead.
@@ -68,6 +69,10 @@ case "$name" in
     shift
     set_up requirements.txt requirements-imagenet.txt requirements-dev.txt
     exec "$python" -m pytest "$@" ;;
+  torture)
+    shift
+    set_up requirements.txt requirements-dev.txt
+    OMP_NUM_THREADS=1 PYTHONPATH="$PWD:$PWD/tests" exec "$python" -m torture "$@" ;;
   lint)
     set_up requirements.txt requirements-imagenet.txt requirements-dev.txt
     "$python" -m ruff check .

@@ -57,12 +57,13 @@ def launch(count: int, program: list[str], logs: Path) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ERR for rank in range(1, count)}),
     )
     try:
         elastic_launch(config, sys.executable)("-u", *program)
     except SignalException as stop:
-        return 128 + int(stop.sigval)
+        return EXIT_TERMINATED if stop.sigval == signal.SIGUSR1 else 128 + int(stop.sigval)
     except ChildFailedError as error:
         code = _explain({rank: failure.exitcode for rank, failure in error.failures.items()}, logs)
         return code if code > 0 else 128 - code

@@ -21,6 +21,7 @@ from meanflow.training.estimate import estimate
 from meanflow.training.loop import train
 from meanflow.training.network import build_network, count_parameters
 from meanflow.training.run_folder import RunFolder
+from meanflow.training.signals import warned_by_usr1
 
 SLOW_ON_CPU = 5_000_000  # parameters from which a CPU run is a matter of weeks
 FLOOR_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             if processes.is_main:
                 print(config_to_yaml(config), report, sep="\n")
             return 0
-        with lost_peers_named(processes):
+        with warned_by_usr1(), lost_peers_named(processes):
             return job(config, run, processes)
     finally:
         stop_processes()

@@ -298,8 +298,8 @@ def test_another_format_names_both(tmp_path):
 class FullAfter:
     """open() for a disk with `room` bytes left."""
 
-    def __init__(self, room: int):
-        self.room, self.open = room, open
+    def __init__(self, room: int, reason: int = errno.ENOSPC):
+        self.room, self.reason, self.open = room, reason, open
 
     def __call__(self, path, mode="r", **options):
         file = self.open(path, mode, **options)
@@ -319,7 +319,7 @@ class FullAfter:
                 if size > disk.room:
                     write(data[: disk.room])
                     disk.room = 0
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise OSError(disk.reason, os.strerror(disk.reason))
                 disk.room -= size
                 return write(data)
 
@@ -345,6 +345,17 @@ def test_a_full_disk_at_any_byte_leaves_the_earlier_checkpoints(tmp_path, monkey
         assert_same(load_newest(tmp_path)[1], made(3))
     monkeypatch.setattr(module, "open", FullAfter(2 * needed), raising=False)
     assert_same(load_checkpoint(save_checkpoint(tmp_path, 4, made(4))), made(4))
+
+
+@pytest.mark.parametrize("reason", [errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_disk_that_refuses_for_another_reason(tmp_path, monkeypatch, reason):
+    """A quota, a file system that turned read-only, a failing device, a server that is gone."""
+    save(tmp_path, 3)
+    monkeypatch.setattr(module, "open", FullAfter(1000, reason), raising=False)
+    with pytest.raises(AssetError, match=rf"step 4 could not be saved \({os.strerror(reason)}\); earlier ones"):
+        save_checkpoint(tmp_path, 4, made(4))
+    monkeypatch.undo()
+    assert_same(load_newest(tmp_path)[1], made(3))
 
 
 def test_a_full_disk_while_replacing_keeps_the_old_file(tmp_path, monkeypatch):

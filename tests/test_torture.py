@@ -4,17 +4,17 @@ import pytest
 from torture import haul, kills, nodes, ranks, storage
 
 SHORT = {
-    "kills": lambda folder: kills.anywhere(folder, kills=8),
+    "kills": lambda folder: kills.anywhere(folder, kills=4, steps_each=8),
     "latents": kills.in_preparation,
-    "storage": lambda folder: storage.damaged(folder, times=6),
+    "storage": lambda folder: storage.damaged(folder, times=4),
     "truth": lambda folder: ranks.truth(folder, (1, 4), steps=2),
     "elastic": lambda folder: ranks.elastic(folder, (1, 2, 1), steps=2),
     "drift": lambda folder: ranks.drift(folder, world=2),
-    "nodes": lambda folder: nodes.two_agents(folder, steps=12),
+    "nodes": lambda folder: nodes.agents(folder, nodes=2, each=1, steps=4, kills=0, kind=nodes.Forked),
     "failure": nodes.one_fails,
     "repeat": lambda folder: ranks.repeat(folder, steps=3),
-    "haul": lambda folder: haul.steps(folder, steps=400),
-    "scores": lambda folder: haul.evaluations(folder, count=8),
+    "haul": lambda folder: haul.steps(folder, steps=120),
+    "scores": lambda folder: haul.evaluations(folder, count=6),
 }
 
 

@@ -110,12 +110,12 @@ def _folder(where: str, root: Path) -> Source:
 def _zip(where: str, archive: zipfile.ZipFile) -> Source:
     source = Source(where, open=lambda info: BytesIO(archive.read(info)))
     for info in archive.infolist():
-        mode = info.external_attr >> 16
+        name, mode = info.filename.replace("\\", "/"), info.external_attr >> 16
         if info.flag_bits & 1:
             raise AssetError(f"{where} is encrypted: pack it again without a password")
         special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
         _refuse_bomb(f"{where}: member {info.filename}", info.file_size, info.compress_size)
-        _add_member(source, info.filename.replace("\\", "/"), info, info.is_dir(), info.file_size, special)
+        _add_member(source, name, info, name.endswith("/"), info.file_size, special)
     return source
 
 

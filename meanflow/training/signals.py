@@ -1,7 +1,10 @@
 """Being asked to stop: finish the step, save, exit with a code that says why."""
 
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from meanflow.errors import EXIT_INTERRUPTED
@@ -9,6 +12,16 @@ from meanflow.errors import EXIT_INTERRUPTED
 EXIT_TERMINATED = 143
 SECOND_AFTER_S = 1.0  # torchrun passes Ctrl-C on to processes that have had it from the terminal already
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
+
+
+@contextmanager
+def warned_by_usr1() -> Iterator[None]:
+    """Slurm's warning ends a process with the code of SIGTERM also where there is nothing to save."""
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 class StopRequest:

@@ -22,12 +22,13 @@ PROMISES = {
     "truth": ("1, 2 and 4 processes compute the same", lambda folder: ranks.truth(folder, (1, 2, 4), steps=20)),
     "elastic": ("1 → 2 → 4 → 1 processes, one curve", lambda folder: ranks.elastic(folder, (1, 2, 4, 1), steps=40)),
     "drift": ("A process that drifts stops the run and is named", lambda folder: ranks.drift(folder, world=4)),
-    "nodes": ("Two nodes train together, and survive a kill", lambda folder: nodes.two_agents(folder, steps=60)),
+    "nodes": ("Two torchrun agents train and restart together", lambda folder: nodes.agents(folder, 2, 1, 60, 1)),
+    "restarts": ("torchrun --max-restarts continues a run", lambda folder: nodes.agents(folder, 1, 2, 60, 2)),
     "failure": ("One failing process ends all within seconds", nodes.one_fails),
     "repeat": ("deterministic: true is bit-equal", lambda folder: ranks.repeat(folder, steps=50)),
     "haul": ("20,000 steps: memory, files and time flat", lambda folder: haul.steps(folder, steps=20_000)),
     "scores": ("100 evaluations leak nothing", lambda folder: haul.evaluations(folder, count=100)),
-    "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=5000)),
+    "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=4000)),
 }
 
 
@@ -70,11 +71,11 @@ def machine() -> str:
 
 
 def markdown(report: dict) -> str:
-    lines = ["| promise | kept | figure | seconds |", "|---|---|---|---|"]
-    for row in report["rows"]:
-        lines.append(
-            f"| {row['promise']} | {'yes' if row['kept'] else '**no**'} | {row['figure']} | {row['seconds']} |"
-        )
+    cells = [("promise", "kept", "figure", "seconds"), ("---",) * 4]
+    cells += [
+        (row["promise"], "yes" if row["kept"] else "**no**", row["figure"], row["seconds"]) for row in report["rows"]
+    ]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in cells]
     return "\n".join([*lines, "", f"{report['machine']}; {report['seconds'] / 60:.0f} minutes in all.", ""])
 
 

@@ -25,11 +25,15 @@ class Watched:
         self.seen.append((step, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files, threads))
 
     def growth(self, warm: int) -> dict[str, tuple[float, float]]:
-        """(median of the second tenth, of the last) of each, steps before `warm` left out."""
-        late = [row[1:] for row in self.seen if row[0] >= warm]
-        tenth = max(1, len(late) // 10)
-        first, last = (map(statistics.median, zip(*rows, strict=True)) for rows in (late[:tenth], late[-tenth:]))
-        return dict(zip(("MB", "files", "threads"), zip(first, last, strict=True), strict=True))
+        """(early, late) of each: the median memory and the fewest files and threads of a tenth of the looks.
+
+        Steps before `warm` are left out. The fewest, since a file may be open at the moment of a look.
+        """
+        rows = [row[1:] for row in self.seen if row[0] >= warm]
+        tenth = max(3, len(rows) // 10)
+        (early, *before), (late, *after) = (zip(*part, strict=True) for part in (rows[:tenth], rows[-tenth:]))
+        grown = {"MB": (statistics.median(early), statistics.median(late))}
+        return grown | {name: (min(x), min(y)) for name, x, y in zip(("files", "threads"), before, after, strict=True)}
 
 
 def watch(folder: Path, warm: int, **changes) -> tuple[Path, dict[str, tuple[float, float]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from running import context, tiny_config, write_images
+from running import context, redirect, tiny_config, write_images
 
 from meanflow.data import load_dataset
 from meanflow.errors import NumericsError
@@ -32,11 +32,11 @@ LABELLED = {
     "data__flip": True,
     "optim__clip": 0.5,
     "train__batch": 16,
-    "train__microbatch": 3,
+    "train__microbatch": 4,
     "checkpoint__every": 5,
 }
 # Adam divides by the gradient's size, so that rounding in a gradient near zero would become a whole step.
-SMOOTH = {"optim__eps": 1.0, "optim__lr": 1.0}
+SMOOTH = {"optim__eps": 1.0, "optim__lr": 0.1}
 Member = Callable[[Processes, Path], Any]
 
 
@@ -54,12 +54,13 @@ def together(world: int, member: Member, folder: Path, seconds: float = 300) -> 
     codes = [player.exitcode for player in players]
     for player in players:
         player.kill()
-    assert codes == [0] * world, f"exit codes {codes}"
+    assert codes == [0] * world, f"exit codes {codes}: {(folder / 'log').read_text()[-2000:]}"
     return [torch.load(folder / f"{world}-{rank}.result", weights_only=False) for rank in range(world)]
 
 
 def _play(rank: int, world: int, port: int, member: Member, folder: Path) -> None:
     torch.set_num_threads(1)
+    redirect((folder / "log", folder / "log"))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     processes = start_processes("cpu")
@@ -111,7 +112,7 @@ def truth(folder: Path, worlds: tuple[int, ...], steps: int) -> str:
 def elastic(folder: Path, worlds: tuple[int, ...], steps: int) -> str:
     """One run, stopped and continued on other numbers of processes, against one that stayed on the first."""
     images = str(write_images(folder / "images"))
-    settings = {**LABELLED, **SMOOTH, "data__path": images}
+    settings = {**LABELLED, "data__path": images}
     end = steps * len(worlds)
     together(worlds[0], partial(trained, "steady", {**settings, "train__steps": end}), folder)
     for k, world in enumerate(worlds, 1):
