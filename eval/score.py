@@ -15,7 +15,7 @@ from eval.generate import codec_of, open_checkpoint
 from eval.metrics import MetricOptions, Statistics, frechet
 from eval.processes import on_main
 from eval.protocol import Request, table
-from eval.references import Reference, check_reference, open_reference, reference_of_images
+from eval.references import NAMED, Reference, check_reference, open_reference, reference_of_images
 from eval.subjects import Sampling, variants_of
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
@@ -35,19 +35,25 @@ Say = Callable[[str], None]
 
 
 def preflight(config: RunConfig) -> list[str]:
-    """Before training: can this run be scored? Fetches the extractor's weights if they are not here.
+    """Before training: can this run be scored? Fetches the extractor's weights, VAE and reference if they are not here.
 
-    Returns warnings: training does not need a score. Raises UserError for settings that can never work.
+    Returns warnings: training does not need a score. Raises UserError for settings that can never work, and
+    AssetError for a reference of one's own that is not there.
     """
     shape = config.image_shape
     try:
         extractor = _extractor(config, torch.device("cpu"))
-        extractor.check_image(shape, "this recipe")
         codec_of(config, torch.device("cpu"))
-        if config.eval.reference is None and not isinstance(config.data, LatentsConfig):
-            return []
+    except AssetError as error:
+        return [f"this run can be trained but not scored: {error}"]
+    extractor.check_image(shape, "this recipe")
+    if config.eval.reference is None and not isinstance(config.data, LatentsConfig):
+        return []
+    try:
         reference = _reference(config)
     except AssetError as error:
+        if config.eval.reference not in NAMED:
+            raise
         return [f"this run can be trained but not scored: {error}"]
     return check_reference(reference, METRICS, extractor, shape, MetricOptions())
 

@@ -8,6 +8,7 @@ from running import comparable_metrics, guided_latent_changes, tiny_config
 
 from eval.agreement import agreement
 from eval.generate import generate, load_model, noise
+from eval.score import preflight
 from meanflow.data import batch_indices, open_latents
 from meanflow.data.codec import SpaceToDepth
 from meanflow.data.prepare_latents import prepare
@@ -127,6 +128,19 @@ def test_without_its_vae_a_run_is_not_sampled(train_tiny, changes, tmp_path):
     torch.save({**content, "meta": json.dumps(meta)}, tmp_path / "other.pt")
     with pytest.raises(AssetError, match="vae"):
         load_model(tmp_path / "other.pt", None, CPU)
+
+
+def test_a_reference_that_cannot_be_fetched_does_not_stop_training(changes, monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.chdir(tmp_path)
+    (line,) = preflight(tiny_config(**changes, eval__extractor="thumbnails", eval__reference="adm-imagenet256"))
+    assert "trained but not scored" in line and "VIRTUAL_imagenet256_labeled.npz" in line
+    assert preflight(tiny_config(**changes)) == []
+    with pytest.raises(AssetError, match="mine"):
+        preflight(tiny_config(**changes, eval__reference="mine.npz"))
 
 
 def test_agreement_counts_what_the_classifier_says(train_tiny, changes, monkeypatch):
