@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from running import comparable_metrics, read_metrics, tiny_config, write_images
+from running import comparable_metrics, guided_latent_changes, read_metrics, tiny_config, write_images
 
 from meanflow.errors import AssetError, ConfigError, NumericsError, run_main
 from meanflow.training import guard as module
@@ -234,14 +234,28 @@ def test_a_run_that_stops_leaves_the_step_to_replay(failed, capsys, images):
     assert "samples that are not finite (8 of 8):\n  t 0." in out and out.count("\n  t 0.") == 8
 
 
+@pytest.mark.parametrize("kind", ["images", "latents"])
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_replaying_a_good_step_gives_the_numbers_of_the_run(train_tiny, capsys, images, microbatch):
-    rich = {"model__channels": 3, "model__dropout": 0.2, "data__path": images, "train__microbatch": microbatch}
-    run = train_tiny(train__steps=4, checkpoint__every=3, **rich)
+def test_replaying_a_good_step_gives_the_numbers_of_the_run(train_tiny, tmp_path, capsys, images, kind, microbatch):
+    """Whatever a batch depends on: augmentation and dropout, or mirrored latents, dropped labels and guidance."""
+    changes = {"model__channels": 3, "model__dropout": 0.2, "data__path": images}
+    if kind == "latents":
+        changes = guided_latent_changes(tmp_path / "latents")
+    run = train_tiny(train__steps=4, checkpoint__every=3, train__microbatch=microbatch, **changes)
     line = read_metrics(run.metrics_file)[3]
     code, out = replayed(capsys, run.checkpoints / "00000003.json")
     loss, norm = (float(x) for x in re.search(r"loss (\S+), gradient norm (\S+)", out).groups())
     assert code == 0 and (loss, norm) == (line["loss"], line["grad_norm"]) and "all of it is finite" in out
+
+
+def test_a_step_of_several_processes_is_replayed_by_one(train_tiny, images):
+    run = train_tiny(train__steps=4, checkpoint__every=3, model__channels=3, data__path=images)
+    held, said = load_checkpoint(run.checkpoints / "00000003.pt"), []
+    held.meta["failure"] = {"step": 4, "what": "loss nan", "processes": 4}
+    assert replay.replay(held, "the checkpoint", CPU, said.append)
+    loss, norm = (float(x) for x in re.search(r"loss (\S+), gradient norm (\S+)", said[1]).groups())
+    line = read_metrics(run.metrics_file)[3]
+    assert (loss, norm) == (pytest.approx(line["loss"], rel=1e-5), pytest.approx(line["grad_norm"], rel=1e-4))
 
 
 def test_a_replay_that_cannot_be(failed, capsys, tmp_path, images):

@@ -114,8 +114,8 @@ def _zip(where: str, archive: zipfile.ZipFile) -> Source:
         if info.flag_bits & 1:
             raise AssetError(f"{where} is encrypted: pack it again without a password")
         special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
-        _refuse_bomb(f"{where}: member {info.filename}", info.file_size, info.compress_size)
         _add_member(source, name, info, name.endswith("/"), info.file_size, special)
+        _refuse_bomb(f"{where}: member {name}", info.file_size, info.compress_size)
     return source
 
 
@@ -153,8 +153,8 @@ def _tar(where: str, archive: tarfile.TarFile, packed: int) -> Source:
     source = Source(where, open=lambda info: BytesIO(archive.extractfile(info).read()))
     for info in archive:
         special = not (info.isfile() or info.isdir())
-        _refuse_bomb(where, info.offset_data + info.size, packed)
         _add_member(source, info.name, info, info.isdir(), info.size, special)
+        _refuse_bomb(where, info.offset_data + info.size, packed)
     return source
 
 

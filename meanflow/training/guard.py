@@ -64,7 +64,7 @@ def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes
     of them, NotFinite for the step that would come next, or NumericsError naming the process that has drifted.
     """
     here, groups = processes.device, tensors.values()  # averages may live on the host
-    finite = [largest(group).isfinite().long().to(here) for group in groups]
+    finite = [total(group).isfinite().long().to(here) for group in groups]
     sums = [checksum(group).to(here) if processes.world > 1 else finite[0].new_zeros(()) for group in groups]
     mine = torch.stack([finite[0].new_tensor(step), *finite, *sums])
     table = mine.new_zeros(processes.world, len(mine))
@@ -79,9 +79,12 @@ def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes
         _same(f"holds other {group}", found, step, processes.world)
 
 
-def largest(group: dict[str, Tensor]) -> Tensor:
-    """The largest magnitude, NaN if there is one, as a scalar where the tensors are."""
-    return torch.nn.utils.get_total_norm(list(group.values()), norm_type=torch.inf)
+def total(group: dict[str, Tensor]) -> Tensor:
+    """The sum of all numbers, finite if and only if all of them are: float64 holds any sum of float32.
+
+    A scalar where the tensors are. On a CPU far cheaper than asking each number, or than the largest one.
+    """
+    return torch.stack([x.sum(dtype=torch.float64) for x in group.values()]).sum()
 
 
 def checksum(group: dict[str, Tensor]) -> Tensor:
