@@ -153,6 +153,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MB (10^6 bytes): allocated on a CUDA device, resident otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss would begin at the size of the process that started this one
+        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak) * 1024 / 1e6
     import resource  # not on every platform; training on a CPU is for trying things out
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
