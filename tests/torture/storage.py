@@ -1,7 +1,9 @@
 """Damage to the newest checkpoint, at random, between one start of a run and the next."""
 
+import io
 import random
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ def damage(path: Path, chance: random.Random) -> str:
 def go_on(run: Path, steps: int) -> list[str]:
     """Train to `steps`; what was said."""
     said, folder, config = [], RunFolder(run), tiny_config(train__steps=steps, model__dropout=0.2)
-    with folder.lock():
+    with folder.lock(), redirect_stderr(io.StringIO()):  # sixty progress bars
         folder.open_for(config)
         assert train(config, folder, ALONE, said.append) == 0
     return said
