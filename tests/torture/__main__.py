@@ -28,7 +28,7 @@ PROMISES = {
     "repeat": ("deterministic: true is bit-equal", lambda folder: ranks.repeat(folder, steps=50)),
     "haul": ("20,000 steps: memory, files and time flat", lambda folder: haul.steps(folder, steps=20_000)),
     "scores": ("100 evaluations leak nothing", lambda folder: haul.evaluations(folder, count=100)),
-    "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=4000)),
+    "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=5000)),
 }
 
 
