@@ -51,7 +51,7 @@ class Processes:
 def start_processes(device: str | None = None) -> Processes:
     """Join the peers that torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or stand alone.
 
-    `device`: "cpu" or "cuda"; by default CUDA where there is one.
+    `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises IncompleteError if they cannot be reached.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -59,8 +59,19 @@ def start_processes(device: str | None = None) -> Processes:
     if kind == "cuda":
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        except RuntimeError as error:
+            raise IncompleteError(_not_connected(error)) from error
     return Processes(int(os.environ.get("RANK", 0)), world, where)
+
+
+def _not_connected(error: RuntimeError) -> str:
+    """torchrun keeps one store for all restarts, where processes find the addresses of those that have ended."""
+    line = f"this process cannot connect to the others ({str(error).splitlines()[0]}); the same command continues"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        line += "; for torchrun's restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+    return line
 
 
 def stop_processes() -> None:

@@ -19,6 +19,9 @@ from eval import run as job
 from meanflow.errors import run_main
 from torture.compare import curve_difference
 
+# As docs/reliability.md says: with the agent's store, restarted processes find the addresses of those that were killed.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
 FAILS = """
 import os, sys
 from eval import run
@@ -43,7 +46,7 @@ class Torchrun:
         how += ["--rdzv-id=torture", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
         how += ["-m", "eval.run", str(recipe), "--out", str(run)]
         command = [sys.executable, "-m", "torch.distributed.run", *how]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(run.parent / "cache")}
+        environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(run.parent / "cache")}
         with open(log, "w") as file:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
         self.pid, self.kill = self.process.pid, self.process.kill
@@ -76,7 +79,7 @@ class Forked:
 
 def _agent(nodes: int, each: int, port: int, recipe: Path, run: Path, log: Path) -> None:
     redirect((log, log))
-    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
+    os.environ.update(OWN_STORE, XDG_CACHE_HOME=str(run.parent / "cache"))
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -114,6 +117,7 @@ def agents(folder: Path, nodes: int, each: int, steps: int, kills: int, kind: ty
         for k in range(kills):
             goal = steps * (k + 1) // (kills + 1)
             until(lambda goal=goal: last_step(run) >= goal or any(one.code is not None for one in members), 120)
+            assert all(one.code is None for one in members), "\n".join(log.read_text() for log in logs)
             os.kill(children(members[-1].pid)[0], signal.SIGKILL)
         codes = [one.wait() for one in members]
     finally:
