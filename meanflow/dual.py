@@ -46,9 +46,11 @@ class Dual:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = func.__name__.strip("_")
-        if name not in RULES:
-            raise NoTangentRule(f"{name} has no tangent rule in meanflow.dual; use loss.jvp: func for this network")
+        name = func.__name__
+        name = name.strip("_") if name.startswith("__") else name  # add_ is not add
+        if name not in RULES or (kwargs or {}).get("inplace"):
+            what = f"{name} in place" if name in RULES else name
+            raise NoTangentRule(f"{what} has no tangent rule in meanflow.dual; use loss.jvp: func for this network")
         return RULES[name](*args, **(kwargs or {}))
 
     # What networks ask of a tensor.
@@ -210,9 +212,14 @@ def add(x, y) -> Dual:
     return dual(value, lambda: x.tangent.expand(x.rows, *value.shape[1:]))
 
 
-@rule("sub", "rsub")
+@rule("sub")
 def sub(x, y) -> Dual:
     return add(x, mul(y, -1) if isinstance(y, Dual) else -y)
+
+
+@rule("rsub")
+def rsub(x, y) -> Dual:
+    return sub(y, x)
 
 
 @rule("mul", "rmul")

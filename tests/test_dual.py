@@ -148,6 +148,27 @@ def test_an_unknown_operation_inside_a_network_names_the_way_out():
     assert torch.allclose(tangent, (1 - torch.tanh(z[:N]) ** 2) * g(N, 4))
 
 
+@pytest.mark.parametrize(
+    "u",
+    [
+        lambda z: torch.zeros_like(z.value).add_(z),
+        lambda z: z.mul_(2),
+        lambda z: F.silu(z, inplace=True),
+        lambda z: F.dropout(z, 0.5, True, inplace=True),
+        lambda z: nn.SiLU(inplace=True)(z),
+    ],
+)
+def test_what_works_in_place_is_refused(u):
+    with pytest.raises(NoTangentRule):
+        u(Dual(g(B, 4), g(N, 4)))
+
+
+def test_rsub_is_the_other_minus_this_one():
+    z = Dual(g(B, 4), g(N, 4, seed=1))
+    for turned in (torch.rsub(z, 1), 1 - z):
+        assert torch.equal(turned.value, 1 - z.value) and torch.equal(turned.tangent, -z.tangent)
+
+
 def test_shapes_must_fit():
     for value, tangent in ((g(3, 4), g(4, 4)), (g(3, 4), g(3, 5))):
         with pytest.raises(ValueError, match="does not fit"):
