@@ -58,13 +58,15 @@ def preflight(config: RunConfig) -> list[str]:
     return check_reference(reference, METRICS, extractor, shape, MetricOptions())
 
 
-def score_run(run: RunFolder, config: RunConfig, processes: Processes, say: Say = print) -> list[dict]:
-    """Score the newest checkpoint with the recipe's EMA at each of `config.eval.steps`; the results (main process).
+def score_run(
+    run: RunFolder, config: RunConfig, processes: Processes, say: Say = print, what: Path | None = None
+) -> list[dict]:
+    """Score the checkpoint `what` (None: the newest) with the recipe's EMA at each of `config.eval.steps`.
 
-    They are written to RUN/eval/*.json and shown as a table. What an interrupted call has done is used, and
+    Returns the results (main process). They are written to RUN/eval/*.json and shown as a table. What an interrupted call has done is used, and
     results that stand there already are not made again. Raises what `eval.evaluate.evaluate` raises.
     """
-    path, checkpoint = open_checkpoint(run.path)
+    path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", "round")
     variants = variants_of(
         path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, processes.device

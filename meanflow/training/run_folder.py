@@ -70,6 +70,17 @@ class RunFolder:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
 
 
+def starts(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of `starts.jsonl`. Raises AssetError if there are none or they cannot be read."""
+    try:
+        lines = [json.loads(line) for line in run.starts_file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{run.starts_file}: cannot be read ({error})") from error
+    if not lines:
+        raise AssetError(f"{run.starts_file}: is empty")
+    return lines
+
+
 def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 

@@ -1,0 +1,143 @@
+"""The overhead of the JVP (appendix B.4) on the machine at hand: a MeanFlow step against a Flow Matching step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from eval.bench_clock import ratio
+from eval.bench_rows import Plan, Report, measure
+from eval.bench_steps import FLOW_MATCHING
+from eval.plot import COLOURS
+from eval.table_config import RECIPES, SCALES
+from eval.table_files import write_files
+from meanflow.errors import ConfigError, UserError, write_errors_named
+from meanflow.training import settings
+from meanflow.training.config import load_config
+from meanflow.training.run_folder import environment
+
+WAYS = {FLOW_MATCHING: "Flow Matching", "dual": "MeanFlow, dual numbers", "func": "MeanFlow, torch.func.jvp"}
+
+
+@dataclass(frozen=True)
+class BenchScaleConfig:
+    batch: int  # images a step
+    repeats: int  # rounds, of which the median counts
+
+    def __post_init__(self):
+        if self.batch < 1 or self.repeats < 1:
+            raise ValueError("batch and repeats must be ≥ 1")
+
+
+@dataclass(frozen=True)
+class PaperSeconds:
+    """The paper's seconds an iteration, and on what."""
+
+    flow_matching: float
+    meanflow: float
+    hardware: str
+
+
+@dataclass(frozen=True)
+class OverheadConfig:
+    kind: Literal["overhead"]
+    description: str
+    question: str
+    base: str  # a recipe's name
+    paper: PaperSeconds
+    full: BenchScaleConfig
+    gpu: BenchScaleConfig
+    cpu: BenchScaleConfig
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """The benchmark at one scale."""
+
+    name: str
+    config: OverheadConfig
+    scale: str
+    changes: tuple[str, ...]
+
+    @property
+    def settings(self) -> BenchScaleConfig:
+        return getattr(self.config, self.scale)
+
+
+def is_one(path: Path) -> bool:
+    """Raises ConfigError if `path` is not YAML."""
+    return settings.read_yaml(path).get("kind") == "overhead"
+
+
+def load(path: Path, scale: str | None, changes: list[str]) -> Overhead:
+    """Raises ConfigError or UserError."""
+    config = settings.build(OverheadConfig, settings.read_yaml(path), "", str(path))
+    if scale not in (None, *SCALES):
+        raise UserError(f"--scale {scale}: {path.stem} has {', '.join(SCALES)}")
+    base = RECIPES / f"{config.base}.yaml"
+    if not base.exists():
+        raise ConfigError(f"{path}: base {config.base} is not a recipe")
+    load_config(base, changes)
+    return Overhead(path.stem, config, scale or "full", tuple(changes))
+
+
+def run(overhead: Overhead, out: Path, device: torch.device) -> str:
+    """Measure, write table.md, table.csv, table.json and figure.png; the table as text. Raises AssetError."""
+    config, chosen = overhead.config, overhead.settings
+    how = (chosen.batch, chosen.repeats, ("tf32" if device.type == "cuda" else "fp32",), ("dual", "func"), False)
+    recipe = RECIPES / f"{config.base}.yaml"
+    report = measure(Plan(recipe, overhead.changes, *how, ("step",), device), lambda line: None)
+    rows = _rows(config.paper, report)
+    where = environment()
+    about = [
+        config.question,
+        f"Ours: {report.recipe}, {report.parameters / 1e6:.1f} M parameters, batch {report.batch}, r≠t {report.share:.0%}, "
+        f"{how[2][0]}; medians and quartiles of {chosen.repeats} interleaved rounds on {where['device']}, "
+        f"{torch.get_num_threads()} threads, torch {where['torch']}. Paper: {config.paper.hardware}.",
+    ]
+    facts = {"description": config.description, "question": config.question, "scale": overhead.scale}
+    text = write_files(out, facts, rows, about, rows, [])
+    with write_errors_named(out):
+        _draw(report, config.paper, out / "figure.png")
+    return text
+
+
+def _rows(paper: PaperSeconds, report: Report) -> list[list[str]]:
+    header = ["step", "s/iteration", "of Flow Matching's", "paper: s/iteration", "paper: of Flow Matching's"]
+    quoted = {FLOW_MATCHING: paper.flow_matching, "dual": paper.meanflow}
+    rounds = {_way(step.name): step.rounds for step in report.steps}
+    rows = [header]
+    for step in report.steps:
+        way, own = _way(step.name), step.seconds
+        against = ratio(rounds[way], rounds[FLOW_MATCHING])
+        theirs = quoted.get(way)
+        ours = f"{against.median:.2f} ({against.low:.2f} – {against.high:.2f})"
+        rows.append([WAYS[way], f"{own.median:.3g} ({own.low:.3g} – {own.high:.3g})", ours])
+        rows[-1] += ["", ""] if theirs is None else [f"{theirs:.3f}", f"{theirs / paper.flow_matching:.2f}"]
+    return rows
+
+
+def _way(name: str) -> str:
+    return next(way for way in WAYS if name.startswith(way))
+
+
+def _draw(report: Report, paper: PaperSeconds, file: Path) -> None:
+    rounds = {_way(step.name): step.rounds for step in report.steps}
+    bars = {WAYS[way]: ratio(rounds[way], rounds[FLOW_MATCHING]).median for way in rounds}
+    bars["paper: MeanFlow (JAX)"] = paper.meanflow / paper.flow_matching
+    figure, axis = plt.subplots(figsize=(5.2, 2.2), layout="constrained")
+    colours = [COLOURS[5], COLOURS[0], COLOURS[1], COLOURS[4]]
+    drawn = axis.barh(list(bars), list(bars.values()), color=colours, height=0.6)
+    axis.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3)
+    axis.invert_yaxis()
+    axis.set_xlabel("time of a step / Flow Matching's", fontsize=8)
+    axis.set_xlim(0, 1.15 * max(bars.values()))
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,204 @@
+"""A finished table as Markdown, CSV, JSON and pictures: ours beside the paper's, never in one column."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
+from PIL import Image
+
+from eval.plot import COLOURS, LOG_FROM, MARKERS
+from eval.table_config import Table
+from eval.table_files import write_files
+from eval.table_results import AGREEMENT, Line, against_paper
+from meanflow.errors import write_errors_named
+
+GRID_INCHES = 3.2
+
+
+def write_table(table: Table, lines: list[Line], out: Path, cuda: bool) -> str:
+    """`table.md`, `table.csv`, `table.json`, `figure.png` and `samples.png` in `out`; the table as text.
+
+    Raises AssetError, naming the file, where one cannot be written.
+    """
+    facts = {"description": table.config.description, "question": table.config.question, "scale": table.scale}
+    rows = [_header(table, lines), *(_cells(table, line) for line in lines)]
+    runs = [f"../{run.folder}" for run in table.runs]
+    text = write_files(out, facts, rows, notes(table, lines, cuda), _sheet(table, lines), runs)
+    with write_errors_named(out):
+        (draw_milestones if table.config.milestones else draw_rows)(table, lines, out / "figure.png")
+        draw_samples(table, out)
+    return text
+
+
+def _header(table: Table, lines: list[Line]) -> list[str]:
+    judged = [AGREEMENT] if table.settings.agreement else []
+    return [table.config.parameter, *lines[0].labels, *judged, *_quoted(table), "hours"]
+
+
+def _quoted(table: Table) -> list[str]:
+    paper = table.config.paper
+    return [f"paper: {nfe}-NFE {paper.metric}" for nfe in paper.nfe] if paper else []
+
+
+def _cells(table: Table, line: Line) -> list[str]:
+    judged = [line.agreement.text("{:.1%}")] if line.agreement else []
+    paper = ["" if value is None else f"{value:.2f}" for value in line.row.paper]
+    ours = [line.figure(label).text() for label in line.labels]
+    return [line.row.name, *ours, *judged, *paper, f"{line.hours:.3g}"]
+
+
+def _sheet(table: Table, lines: list[Line]) -> list[list[Any]]:
+    """Numbers to compute with: the mean and the standard deviation of each figure in columns of their own."""
+    labels = [*lines[0].labels, *([AGREEMENT] if table.settings.agreement else [])]
+    spread = [name for label in labels for name in (label, f"{label} sd")]
+    sheet: list[list[Any]] = [[table.config.parameter, *spread, *_quoted(table), "seeds", "samples", "hours"]]
+    for line in lines:
+        figures = [line.figure(label) for label in line.labels] + ([line.agreement] if line.agreement else [])
+        numbers = [value for figure in figures for value in (figure.mean, figure.deviation)]
+        sheet.append([line.row.name, *numbers, *line.row.paper, len(line.results), _samples(table), line.hours])
+    return sheet
+
+
+def _samples(table: Table) -> int:
+    return table.runs[0].recipe.eval.samples
+
+
+def notes(table: Table, lines: list[Line], cuda: bool) -> list[str]:
+    """What has to be known to read the table: question, protocol, cost, machine, and what the rows say."""
+    config, chosen = table.config, table.settings
+    seeds = sorted({run.seed for run in table.runs})
+    spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
+    said = [
+        config.question,
+        f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {table.base}.",
+    ]
+    if chosen.note:
+        said.append(chosen.note)
+    if lines[0].agreement:
+        real = lines[0].results[0].agreement.real
+        said.append(
+            f"Agreement: samples that a classifier fitted to the real images gives the label they were asked for; "
+            f"of real images it gets {real:.1%} right (cross-validated)."
+        )
+    results = [result for line in lines for result in line.results]
+    hours, unit = sum(result.process_hours for result in results), "GPU-hours" if cuda else "process-hours"
+    machines = sorted({f"{r.start['device']}, {r.start['cores']} cores, torch {r.start['torch']}" for r in results})
+    said.append(
+        f"Hours are {unit} of training, the mean of a row's runs; {len(results)} runs: {hours:.3g} {unit} "
+        f"({'; '.join(machines)})."
+    )
+    return [*said, *against_paper(table, lines)]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
+    """One panel for each kind of figure, the rows along the x axis; the paper's in a panel of its own."""
+    ours, paper = lines[0].labels, table.config.paper
+    panels = 1 + bool(lines[0].agreement) + bool(paper)
+    width = max(2.6, 0.75 * len(lines) + 1.2)
+    figure, axes = plt.subplots(1, panels, figsize=(width * panels, 3.0), squeeze=False, layout="constrained")
+    axes, names = list(axes[0]), [line.row.name for line in lines]
+    axis = axes.pop(0)
+    kinds = {label.split(" ", 1)[1] for label in ours}
+    for k, label in enumerate(ours):
+        _errors(axis, [line.figure(label) for line in lines], label, k)
+    _dress(axis, f"ours: {', '.join(sorted(kinds))}", names, table.config.parameter)
+    if lines[0].agreement:
+        axis = axes.pop(0)
+        _errors(axis, [line.agreement for line in lines], AGREEMENT, 3)
+        _dress(axis, "ours: agreement with the class asked for", names, table.config.parameter, log=False)
+        axis.yaxis.set_major_formatter("{x:.0%}")
+    if paper:
+        for k, nfe in enumerate(paper.nfe):
+            points = [(i, line.row.paper[k]) for i, line in enumerate(lines) if line.row.paper[k] is not None]
+            if points:
+                style = {"marker": MARKERS[k], "color": COLOURS[5], "linestyle": ":", "linewidth": 1}
+                axes[0].plot(*zip(*points, strict=True), label=f"{nfe}-NFE {paper.metric}", **style)
+        _dress(axes[0], f"paper: {paper.metric}", names, table.config.parameter)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _errors(axis, figures, label: str, colour: int) -> None:
+    axis.errorbar(
+        range(len(figures)),
+        [figure.mean for figure in figures],
+        [figure.deviation or 0 for figure in figures],
+        marker=MARKERS[colour % len(MARKERS)],
+        color=COLOURS[colour % len(COLOURS)],
+        linestyle=":",
+        linewidth=1,
+        capsize=3,
+        label=label,
+    )
+
+
+def _dress(axis, title: str, names: list[str], parameter: str, log: bool = True) -> None:
+    axis.set_title(title, fontsize=9)
+    turned = sum(map(len, names)) > 28
+    axis.set_xticks(
+        range(len(names)), names, fontsize=8, rotation=25 if turned else 0, ha="right" if turned else "center"
+    )
+    axis.set_xlim(-0.4, len(names) - 0.6)
+    axis.set_xlabel(parameter, fontsize=8)
+    axis.tick_params(which="both", labelsize=8)
+    values = [y for line in axis.lines for y in line.get_ydata() if y and math.isfinite(y)]
+    if log and values and min(values) > 0 and max(values) > LOG_FROM * min(values):
+        axis.set_yscale("log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axis.grid(alpha=0.25, which="major", linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    if log:
+        axis.legend(fontsize=7, frameon=False)
+
+
+def draw_milestones(table: Table, lines: list[Line], file: Path) -> None:
+    """Distance against training length, a curve for each row (Figure 4); the paper's only at the end of the runs."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    nfe = f"{min(run.recipe.eval.steps[0] for run in table.runs)}-NFE"
+    chosen = [label for label in lines[0].labels if label.startswith(nfe)]
+    for k, line in enumerate(lines):
+        mine = [label for label in line.labels if label.startswith(nfe)]
+        steps = [int(label.rsplit(" at ", 1)[1].split()[0].replace(",", "")) for label in mine]
+        figures = [line.figure(label) for label in mine]
+        style = {
+            "marker": MARKERS[k % len(MARKERS)],
+            "color": COLOURS[k % len(COLOURS)],
+            "linewidth": 1.2,
+            "capsize": 3,
+        }
+        axis.errorbar(
+            steps, [f.mean for f in figures], [f.deviation or 0 for f in figures], label=line.row.name, **style
+        )
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel(chosen[0].rsplit(" at ", 1)[0], fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_yscale("log")
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axis.grid(alpha=0.25, which="both", linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, title=table.config.parameter, title_fontsize=8)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_samples(table: Table, out: Path) -> None:
+    """The rows' grids of samples side by side, of the first seed."""
+    first = {run.row: run for run in reversed(table.runs)}
+    grids = [Image.open(out.parent / first[row].folder / "samples.png") for row in table.rows]
+    figure, axes = plt.subplots(1, len(grids), figsize=(GRID_INCHES * len(grids), GRID_INCHES + 0.3), squeeze=False)
+    for axis, grid, row in zip(axes[0], grids, table.rows, strict=True):
+        axis.imshow(grid, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(row.name, fontsize=11)
+        axis.axis("off")
+    figure.savefig(out / "samples.png", dpi=150, bbox_inches="tight", pad_inches=0.05)
+    plt.close(figure)
