@@ -187,7 +187,9 @@ def _left_samples(run: Run, why: str) -> Html:
     png = read_picture(run.folder.path / "samples.png")
     if png is None:
         return sections.missing(f"{why}, and {run.name} has left no samples.png.")
-    caption = f"{run.folder.path / 'samples.png'}, as the run left it. {why}."
+    count, nfe, ema = (run.settings.get(key, "?") for key in ("sample.count", "sample.steps", "ema.eval"))
+    file = run.folder.path / "samples.png"
+    caption = f"{count} samples, {nfe}-NFE, EMA {ema}: {file}, as the run left it. {why}."
     return figure(image(png, f"samples of {run.name}", "pixels"), caption)
 
 

@@ -45,7 +45,7 @@ def figure(content: Html, caption: object, class_: str = "") -> Html:
     return tag("figure", tag("div", content, class_="scroll"), tag("figcaption", caption), class_=class_)
 
 
-def table(header: list[str], rows: list[list[object]], class_: str = "") -> Html:
+def table(header: list[object], rows: list[list[object]], class_: str = "") -> Html:
     """Columns of numbers stand right-aligned; the first cell of a row is its heading."""
     columns = list(zip(*rows, strict=True))
     kinds = [_kind(column) for column in columns] or [""] * len(header)
@@ -64,7 +64,7 @@ def table(header: list[str], rows: list[list[object]], class_: str = "") -> Html
 
 def _kind(column: tuple[object, ...]) -> str:
     """Its class in the style sheet: "n" for numbers, "long" for texts that need room."""
-    texts = [re.sub("<[^>]*>", "", str(cell)) for cell in column if cell not in ("", NONE)]
+    texts = [re.sub("<[^>]*>", "", str(cell)) for cell in column if cell not in ("", NONE, "null")]
     if texts and all(NUMBER.fullmatch(text) for text in texts):
         return "n"
     return "long" if any(len(text) > LONG for text in texts) else ""

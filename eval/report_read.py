@@ -72,14 +72,18 @@ class Run:
     def finished(self) -> bool:
         return self.steps is not None and self.last["step"] >= self.steps
 
+    def least(self, metric: str, nfe: int, n: int) -> Score | None:
+        """The best score of one distance, at whatever step and EMA."""
+        found = [s for s in self.scores if (s.metric, s.nfe, s.n) == (metric, nfe, n) and s.value is not None]
+        return min(found, key=lambda score: score.value, default=None)
+
     def best(self) -> list[Score]:
         """For each distance and NFE the least one, among those of the most samples: others do not compare."""
         found = [score for score in self.scores if score.is_distance and score.value is not None]
-        most = {(s.metric, s.nfe): max(o.n for o in found if (o.metric, o.nfe) == (s.metric, s.nfe)) for s in found}
-        return [
-            min((s for s in found if (s.metric, s.nfe, s.n) == (*key, n)), key=lambda s: s.value)
-            for key, n in sorted(most.items())
-        ]
+        most: dict[tuple[str, int], int] = {}
+        for score in found:
+            most[score.metric, score.nfe] = max(score.n, most.get((score.metric, score.nfe), 0))
+        return [self.least(*key, n) for key, n in sorted(most.items())]
 
 
 @dataclass(frozen=True)

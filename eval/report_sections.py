@@ -73,24 +73,27 @@ def missing(text: str) -> Html:
 
 def summary(runs: tuple[Run, ...]) -> Html:
     """A row for each run: how far, how good, how long, on what."""
-    best = {run: {(s.metric, s.nfe, s.n): s.value for s in run.best()} for run in runs}
-    keys = sorted({key for scores in best.values() for key in scores})
-    least = {key: min(scores[key] for scores in best.values() if key in scores) for key in keys}
-    header = ["run", "step", *(f"{metric}, {nfe}-NFE (N {n:,})" for metric, nfe, n in keys), "training", "hardware"]
+    keys = sorted({(score.metric, score.nfe, score.n) for run in runs for score in run.best()})
+    found = {run: {key: score.value for key in keys if (score := run.least(*key))} for run in runs}
     rows = []
     for run in runs:
-        values = [_marked(best[run].get(key), least[key]) for key in keys]
+        values = [_marked(found[run].get(key), [all_[key] for all_ in found.values() if key in all_]) for key in keys]
         state = progress(run).removeprefix("step ") + ("" if run.finished else ", unfinished")
         rows.append([run.name, state, *values, duration(run.last.get("seconds")), hardware(run)])
-    without = [run.name for run in runs if not best[run]]
-    note = missing(f"No scores yet: {', '.join(without)}.") if without else None
-    return join(table(header, rows), _advice([score for run in runs for score in run.best()]) if keys else None, note)
+    titles = [join(f"{metric}, {nfe}-NFE ", tag("small", f"N {n:,}")) for metric, nfe, n in keys]
+    without = [run.name for run in runs if not found[run]]
+    return join(
+        table(["run", "step", *titles, "training", "hardware"], rows),
+        _advice([score for run in runs for score in run.best()]) if keys else None,
+        missing(f"No scores yet: {', '.join(without)}.") if without else None,
+    )
 
 
-def _marked(value: float | None, least: float) -> object:
+def _marked(value: float | None, all_values: list[float]) -> object:
+    """The least of several is set off."""
     if value is None:
         return NONE
-    return tag("strong", number(value)) if value == least else number(value)
+    return tag("strong", number(value)) if value == min(all_values) < max(all_values) else number(value)
 
 
 def number(value: float | None) -> str:

@@ -251,6 +251,15 @@ def test_the_best_is_chosen_among_scores_of_the_most_samples(run):
     assert len(mine.scores) == 3
 
 
+def test_runs_are_compared_at_the_same_number_of_samples(run, tmp_path):
+    one, two = run("one"), run("two")
+    write_score(one, 1, 7.5, n=64)
+    write_score(one, 1, 5.5, n=1000)
+    write_score(two, 1, 6.5, n=64)
+    lead = " ".join(report(one, two, "--no-samples", "--out", tmp_path / "page.html").lead.split())
+    assert "N 64" in lead and "N 1,000" in lead and "one 6 of 6 7.500 5.500" in lead and "two 6 of 6 6.500 –" in lead
+
+
 def test_what_a_run_says_is_escaped(run, tmp_path):
     folder = run(f"<b>{'x' * 3}&", ("description: tiny", f"description: {json.dumps(HOSTILE)}"))
     write_score(folder, 1, 3.0, circumstances={"command": HOSTILE}, warnings=[HOSTILE])
@@ -319,7 +328,7 @@ def test_without_samples_the_picture_that_the_run_left_is_shown(run, tmp_path):
     folder = run("mine")
     Image.new("L", (9, 9)).save(folder / "samples.png")
     page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
-    assert "as the run left it" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
+    assert "9 samples, 1-NFE, EMA 0.9:" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
 
 
 def test_an_unfinished_score_is_listed_and_never_the_best(run, tmp_path):
@@ -449,7 +458,7 @@ def test_all_but_markup_is_escaped():
 
 
 def test_columns_of_numbers_are_aligned():
-    rows = [["1.5 %", "text", "1.25 ± 0.1", "–"], ["−3", "4", "2", "7"]]
+    rows = [["1.5 %", "text", "1.25 ± 0.1", "–"], ["−3", "4", Html("<b>2</b>"), "7"]]
     text = table(["a", "b", "c", "d"], rows)
     classes = re.findall(r'<th scope="col"( class="n")?>', text)
     assert [bool(found) for found in classes] == [True, False, True, True]
