@@ -69,8 +69,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def read_json(path: Path) -> dict:
     """Raises AssetError for a file that is missing or not JSON."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"{path} cannot be read as JSON ({error})") from None
 
 

@@ -65,6 +65,7 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
     """Write the figure. Raises AssetError, naming the run, if there is nothing to draw or it cannot be written."""
     tables = {run: _columns(run) for run in runs}
     scores = {run: read_scores(run) for run in runs}
+    names = run_names(runs)
     panels = [panel for panel in PANELS if any(np.isfinite(table[panel.key]).any() for table in tables.values())]
     metrics = list(dict.fromkeys(point["metric"] for points in scores.values() for point in points))
     if not panels:
@@ -76,12 +77,12 @@ def plot(runs: list[RunFolder], out: Path, x: str = "step", smooth: float = 0.02
     axes = axes.ravel()
     for axis, panel in zip(axes, panels, strict=False):
         for colour, run in zip(_colours(runs), runs, strict=True):
-            _curve(axis, tables[run], x, panel, colour, smooth, _name(run, runs))
+            _curve(axis, tables[run], x, panel, colour, smooth, names[run])
         _dress(axis, panel.title, x, panel.unit, panel.log)
         if not panel.log:
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     for axis, metric in zip(axes[len(panels) :], metrics, strict=False):
-        _score_panel(axis, metric, runs, scores, tables, x)
+        _score_panel(axis, metric, names, scores, tables, x)
     for axis in axes[count:]:
         axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -108,9 +109,15 @@ def _columns(run: RunFolder) -> dict[str, np.ndarray]:
     return dict(zip(keys, np.array(rows).T, strict=True))
 
 
-def _name(run: RunFolder, runs: list[RunFolder]) -> str:
-    names = [other.path.resolve().name for other in runs]
-    return run.path.resolve().name if len(set(names)) == len(names) else str(run.path)
+def run_names(runs: list[RunFolder]) -> dict[RunFolder, str]:
+    """What each run is called beside the others: its folder, with as many parents as tell them all apart."""
+    parts = {run: run.path.resolve().parts for run in runs}
+    names: dict[RunFolder, str] = {}
+    for depth in range(1, 1 + max(map(len, parts.values()), default=0)):
+        names = {run: "/".join(parts[run][-depth:]) for run in runs}
+        if len(set(names.values())) == len(set(parts.values())):
+            break
+    return names
 
 
 def _colours(runs: list[RunFolder]) -> list[str]:
@@ -172,13 +179,14 @@ def read_scores(run: RunFolder) -> list[dict[str, Any]]:
     return points
 
 
-def _score_panel(axis, metric: str, runs: list[RunFolder], scores: dict, tables: dict, x: str) -> None:
+def _score_panel(axis, metric: str, names: dict[RunFolder, str], scores: dict, tables: dict, x: str) -> None:
+    runs = list(names)
     for colour, run in zip(_colours(runs), runs, strict=True):
         points = [point for point in scores[run] if point["metric"] == metric]
         for marker, label in zip(cycle(MARKERS), dict.fromkeys(point["label"] for point in points), strict=False):
             chosen = sorted((p["step"], p["value"]) for p in points if p["label"] == label)
             xs = np.interp([step for step, _ in chosen], tables[run]["step"], tables[run][x])
-            name = label if len(runs) == 1 else f"{_name(run, runs)}: {label}"
+            name = label if len(runs) == 1 else f"{names[run]}: {label}"
             axis.plot(xs, [v for _, v in chosen], marker=marker, color=colour, linewidth=1, label=name, alpha=0.8)
     values = [point["value"] for points in scores.values() for point in points if point["metric"] == metric]
     wide = min(values) > 0 and max(values) > LOG_FROM * min(values)

@@ -115,7 +115,7 @@ def test_two_runs_are_overlaid_with_a_legend(tmp_path, figure):
 def test_runs_of_one_name_are_told_apart(tmp_path, figure):
     runs = [write_run(tmp_path / side / "run") for side in ("a", "b")]
     draw(*runs)
-    assert labels(figure()) == [str(run) for run in runs]
+    assert labels(figure()) == ["a/run", "b/run"]
 
 
 def test_more_runs_than_colours(tmp_path, figure):

@@ -1,0 +1,487 @@
+"""`python -m eval.report`: one whole page of runs and tables, which shows what there is and says what is missing."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from running import ROOT, one_line
+
+from eval import report as module
+from eval.report import main
+from eval.report_html import Html, join, table, tag
+from eval.report_read import differences, one_seed_each, read_runs
+from eval.report_sections import duration, number
+from meanflow.errors import AssetError, ConfigError, UserError, run_main
+from meanflow.training.run_folder import RunFolder
+
+VOID = {"meta", "img", "br"}
+HOSTILE = "<script>alert('it\"s & bad')</script>"
+QUICK = ("--samples", 4, "--steps", "1,2")
+
+
+class Page(HTMLParser):
+    """A page taken apart: {section's heading: its text}, pictures, the tags in order. Fails if they do not nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.sections: dict[str, str] = {}
+        self.lead, self._section = "", None
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        if name == "article":
+            self._section = None
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["h2"]:
+            self._section = data
+            self.sections[data] = ""
+        elif self._section:
+            self.sections[self._section] += f"{data} "
+        elif "style" not in self.open:
+            self.lead += f"{data} "
+
+    def attributes(self, name: str) -> list[dict[str, str]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    def pictures(self) -> list[Image.Image]:
+        found = []
+        for attributes in self.attributes("img"):
+            kind, _, data = attributes["src"].partition(",")
+            assert kind == "data:image/png;base64" and attributes["alt"]
+            picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+            picture.load()
+            found.append(picture)
+        return found
+
+
+def report(*arguments) -> Page:
+    """The page that the command writes with these arguments, with --out given."""
+    words = [str(argument) for argument in arguments]
+    assert main(words) == 0
+    return Page(Path(words[words.index("--out") + 1]).read_text(encoding="utf-8"))
+
+
+def write_score(run: Path, nfe: int, value: float, n: int = 1000, metric: str = "fd-pixels", **changes) -> None:
+    """A result of eval.fid, as far as the report reads it."""
+    (run / "eval").mkdir(exist_ok=True)
+    extractor = "inception-v3-compat" if metric == "fid" else metric.removeprefix("fd-")
+    result = {
+        "status": "complete",
+        "metrics": {metric: value},
+        "comparable": False,
+        "subject": {"step": 6},
+        "protocol": {"n": n, "nfe": nfe, "ema": "0.9", "metrics": ["fid"], "extractor": extractor},
+        "circumstances": {"command": "fid.py RUN --steps 1"},
+        "warnings": [],
+    } | changes
+    result["protocol"]["reference"] = {"spec": "digits-train"}
+    (run / "eval" / f"nfe{nfe}-n{n}-{metric}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch) -> list[list[str]]:
+    """The names of the runs in each figure of curves; the figure is blank unless a test wants it real (slow)."""
+    figures: list[list[str]] = []
+
+    def blank(runs: list[RunFolder]) -> bytes:
+        figures.append([run.path.name for run in runs])
+        out = io.BytesIO()
+        Image.new("L", (4, 3)).save(out, format="PNG")
+        return out.getvalue()
+
+    if "real_curves" not in request.fixturenames:
+        monkeypatch.setattr(module, "curves", blank)
+    return figures
+
+
+@pytest.fixture
+def real_curves() -> None:
+    """Asks for curves as they are."""
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Callable[..., Path]:
+    """`run(name, key="old → new")` copies the finished tiny run, with texts of its config.yaml replaced."""
+
+    def copy(name: str, *replaced: tuple[str, str]) -> Path:
+        folder = Path(shutil.copytree(trained.path, tmp_path / name))
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        for old, new in replaced:
+            assert old in text
+            text = text.replace(old, new)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def table_folder(run, tmp_path) -> Callable[..., Path]:
+    """`table_folder(**changes)`: what `eval.table` leaves, of two rows, the first with two seeds."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path / "table1x"
+        run("table1x/low-seed0", ("ratio: 0.75", "ratio: 0.25"))
+        run("table1x/low-seed1", ("ratio: 0.75", "ratio: 0.25"), ("seed: 3", "seed: 4"))
+        run("table1x/high-seed0")
+        found = {
+            "description": "the share of r ≠ t",
+            "question": "Which share is best?",
+            "scale": "cpu",
+            "header": ["share", "paper, FID-50K", "1-NFE fd-pixels"],
+            "rows": [["25 %", "61.06", "1.25 ± 0.10"], ["75 %", "–", "2.50 ± 0.20"]],
+            "notes": ["128 samples a figure."],
+            "runs": ["low-seed0", "low-seed1", "high-seed0", "later-seed0"],
+        } | changes
+        (folder / "table.json").write_text(json.dumps(found), encoding="utf-8")
+        Image.new("RGB", (30, 20), "red").save(folder / "figure.png")
+        Image.new("L", (20, 10)).save(folder / "samples.png")
+        return folder
+
+    return write
+
+
+# --- one run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_from_one_file(run, tmp_path, capsys, real_curves):
+    folder = run("mine")
+    write_score(folder, 1, 3.25)
+    write_score(folder, 2, 2.125)
+    (folder / "starts.jsonl").write_text(
+        '{"time": "2026-01-02T03:04:05+0000", "python": "3.11", "torch": "2.9", "torchvision": "0.2", '
+        '"device": "Chip", "cores": 2, "processes": 1, "changed": {"train.steps": [4, 6]}}\n{"torn'
+    )
+    assert main([str(folder), *map(str, QUICK)]) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "mine" in page.lead and "Finished at step 6 of 6" in " ".join(page.lead.split())
+    assert "Chip, 1 process" in page.lead and "fd-pixels, 1-NFE" in page.lead and "N 1,000" in page.lead
+    assert "3.250" in page.lead and "2.125" in page.lead
+    assert "train.steps: 4 → 6" in page.sections["Starts and environment"]
+    assert "fewer than 50,000 samples" in page.sections["Scores"] and "not Inception's" in page.sections["Scores"]
+    assert "multipliers:" in page.sections["Configuration"] and "details" in page.open + [n for n, _ in page.tags]
+    assert f"eval.run {folder / 'config.yaml'}" in page.sections["Make it again"]
+    assert "fid.py RUN --steps 1" in page.sections["Make it again"]
+    assert "Failures" not in page.sections
+    *grids, drawn = page.pictures()
+    assert len(grids) == 2 * 3, "NFE 1 and 2 of two EMAs and the weights"
+    assert drawn.width >= 1200
+
+
+def test_the_page_needs_nothing_from_outside(run, tmp_path):
+    folder = run("mine")
+    write_score(folder, 1, 3.0)
+    page = report(folder, *QUICK, "--out", tmp_path / "page.html")
+    assert not page.attributes("link") and not page.attributes("script") and not page.attributes("base")
+    for name, attributes in page.tags:
+        assert attributes.get("src", "data:").startswith("data:"), name
+        assert attributes.get("href", "#").startswith("#"), name
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "@import" not in text and not re.search(r"url\(|https?://", text)
+    assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+
+
+def test_every_link_has_its_target(run, table_folder, tmp_path):
+    page = report(run("mine"), table_folder(), *QUICK, "--out", tmp_path / "page.html")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    links = {attributes["href"][1:] for attributes in page.attributes("a")}
+    assert links and links <= set(ids)
+
+
+def test_grids_are_the_samples_of_eval_sample_and_share_their_noise(run, tmp_path):
+    from eval.sample import main as sample
+
+    page = report(run("mine"), "--samples", 4, "--steps", 1, "--out", tmp_path / "page.html")
+    sample([str(tmp_path / "mine"), "--n", "4", "--steps", "1", "--out", str(tmp_path / "grid.png")])
+    assert page.pictures()[0].tobytes() == Image.open(tmp_path / "grid.png").tobytes()
+    alts = [attributes["alt"] for attributes in page.attributes("img")]
+    assert [alt.split(", ")[1] for alt in alts[:3]] == ["EMA 0.9", "EMA 0.5", "raw weights"]
+    assert "python -m eval.sample" in page.sections["Samples"] and "--n 4" in page.sections["Samples"]
+
+
+def test_classes_of_the_rows_are_named(trained_with_classes, tmp_path):
+    page = report(trained_with_classes.path, "--samples", 4, "--steps", 1, "--out", tmp_path / "page.html")
+    assert "class0, class1" in page.sections["Samples"]
+
+
+def test_only_a_metric_of_that_name_is_called_fid(run, tmp_path):
+    folder = run("mine")
+    write_score(folder, 1, 3.0)
+    assert not re.search(
+        r"(?i)\bfid\b(?!\.py)", page_text(report(folder, "--no-samples", "--out", tmp_path / "a.html"))
+    )
+    write_score(folder, 1, 2.92, n=50_000, metric="fid", comparable=True)
+    page = report(folder, "--no-samples", "--out", tmp_path / "b.html")
+    assert "fid, 1-NFE" in page.lead and "N 50,000" in page.lead
+    assert " yes " in page.sections["Scores"]
+
+
+def page_text(page: Page) -> str:
+    """All that is to be read, but for commands that name a module."""
+    return re.sub(r"eval\.fid", "", " ".join([page.lead, *page.sections.values()]))
+
+
+def test_the_best_is_chosen_among_scores_of_the_most_samples(run):
+    folder = run("mine")
+    write_score(folder, 1, 1.0, n=64)
+    write_score(folder, 1, 5.0, n=1000)
+    write_score(folder, 1, 0.5, metric="precision-pixels")
+    (mine,) = read_runs([RunFolder(folder)])
+    assert [(score.value, score.n) for score in mine.best()] == [(5.0, 1000)]
+    assert len(mine.scores) == 3
+
+
+def test_runs_are_compared_at_the_same_number_of_samples(run, tmp_path):
+    one, two = run("one"), run("two")
+    write_score(one, 1, 7.5, n=64)
+    write_score(one, 1, 5.5, n=1000)
+    write_score(two, 1, 6.5, n=64)
+    lead = " ".join(report(one, two, "--no-samples", "--out", tmp_path / "page.html").lead.split())
+    assert "N 64" in lead and "N 1,000" in lead and "one 6 of 6 7.500 5.500" in lead and "two 6 of 6 6.500 –" in lead
+
+
+def test_what_a_run_says_is_escaped(run, tmp_path):
+    folder = run(f"<b>{'x' * 3}&", ("description: tiny", f"description: {json.dumps(HOSTILE)}"))
+    write_score(folder, 1, 3.0, circumstances={"command": HOSTILE}, warnings=[HOSTILE])
+    (folder / "starts.jsonl").write_text(json.dumps({"device": HOSTILE, "changed": {HOSTILE: [HOSTILE, "x"]}}))
+    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
+    assert not page.attributes("script") and not page.attributes("b")
+    assert page.lead.count(HOSTILE) == 2 and "<b>xxx&" in page.lead
+    for name in ("Scores", "Starts and environment", "Make it again"):
+        assert HOSTILE in page.sections[name]
+
+
+def test_failures_are_shown_with_their_replay(run, tmp_path):
+    folder = run("mine")
+    (folder / "failures").mkdir()
+    file = folder / "failures" / "00000005.json"
+    file.write_text('{"failure": {"step": 5, "what": "loss nan"}}')
+    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
+    assert "step 5: loss nan" in page.sections["Failures"]
+    assert f"python -m meanflow.training.replay {file}" in page.sections["Failures"]
+
+
+# --- several runs ------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_by_what_differs_alone(run, tmp_path, drawn):
+    one, two = run("one"), run("two", ("lr: 0.001", "lr: 0.5"), ("seed: 3", "seed: 4"))
+    write_score(one, 1, 3.0)
+    write_score(two, 1, 2.0)
+    page = report(one, two, *QUICK, "--out", tmp_path / "page.html")
+    differ = page.sections["Settings that differ"].split()
+    assert {"optim.lr", "0.001", "0.5", "one", "two", "seed", "3", "4"} == set(differ) - {"run", "setting"}
+    assert next(iter(page.sections)) == "Settings that differ"
+    assert drawn == [["one", "two"]]
+    assert "3.000" in page.lead and "2.000" in page.lead and "2 runs compared" in page.lead
+    assert ("strong", {}) in page.tags, "the best of a column is marked"
+    assert len(page.pictures()) == 1 + 2 * 2, "curves overlaid, and a row for each run with the recipe's EMA"
+    assert page.sections["Configuration"].count("multipliers:") == 2
+
+
+def test_settings_are_compared_key_by_key(run):
+    runs = read_runs([RunFolder(run("one")), RunFolder(run("two", ("dropout: 0.0", "dropout: 0.1")))])
+    assert differences(runs) == ["model.dropout"]
+    assert differences(runs[:1]) == []
+
+
+def test_seeds_of_one_row_are_known_by_their_settings(run):
+    folders = [run("a"), run("b", ("seed: 3", "seed: 9")), run("c", ("ratio: 0.75", "ratio: 0.5"))]
+    assert [one.name for one in one_seed_each(read_runs([RunFolder(folder) for folder in folders]))] == ["a", "c"]
+
+
+# --- unfinished --------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_says_what_is_missing(run, tmp_path):
+    folder = run("mine", ("steps: 6", "steps: 60"))
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "starts.jsonl").unlink(missing_ok=True)
+    page = report(folder, "--out", tmp_path / "page.html")
+    assert "Unfinished at step 6 of 60" in " ".join(page.lead.split()) and "No scores yet" in page.lead
+    assert "No checkpoint yet" in page.sections["Samples"]
+    assert "No starts are recorded" in page.sections["Starts and environment"]
+    assert len(page.pictures()) == 1
+
+
+def test_without_samples_the_picture_that_the_run_left_is_shown(run, tmp_path):
+    folder = run("mine")
+    Image.new("L", (9, 9)).save(folder / "samples.png")
+    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
+    assert "9 samples, 1-NFE, EMA 0.9:" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
+
+
+def test_an_unfinished_score_is_listed_and_never_the_best(run, tmp_path):
+    folder = run("mine")
+    write_score(folder, 1, 0.0, status="incomplete", metrics={})
+    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
+    assert "unfinished" in page.sections["Scores"] and "No scores yet" in page.lead
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_shown_with_its_pictures_and_runs(table_folder, tmp_path, drawn):
+    folder = table_folder()
+    page = report(folder, "--out", tmp_path / "page.html")
+    assert "Which share is best?" in page.lead and "Scale: cpu" in page.lead and "table1x" in page.lead
+    for text in ("61.06", "1.25 ± 0.10", "128 samples a figure."):
+        assert text in page.sections["Table"]
+    assert [picture.size for picture in page.pictures()[:2]] == [(30, 20), (20, 10)] and len(page.pictures()) == 3
+    assert "later-seed0" in page.sections["Runs"] and "low-seed1" in page.sections["Runs"]
+    assert (
+        "times.ratio" in page.sections["Settings that differ"] and "seed1" not in page.sections["Settings that differ"]
+    )
+    assert "low-seed0" in page.sections["Curves"] and "low-seed1" not in page.sections["Curves"]
+
+
+def test_tables_and_runs_on_one_page_have_contents(run, table_folder, tmp_path):
+    page = report(run("mine"), table_folder(), "--no-samples", "--out", tmp_path / "page.html")
+    assert len(page.attributes("article")) == 2
+    assert [a["href"] for a in page.attributes("a") if a.get("class") == "part"] == ["#part1", "#part2"]
+
+
+def test_a_table_without_pictures_or_runs_is_shown_all_the_same(table_folder, tmp_path):
+    folder = table_folder(runs=["later"], rows=[], notes=[])
+    (folder / "figure.png").unlink()
+    (folder / "samples.png").unlink()
+    page = report(folder, "--out", tmp_path / "page.html")
+    assert "There is no figure.png yet" in page.sections["Figure"] and "later" in page.sections["Runs"]
+    assert not page.pictures()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": [["too", "short"]]}, "as many in a row"),
+        ({"rows": "none"}, "lists of texts"),
+        ({"header": []}, "lists of texts"),
+        ({"notes": [3]}, "lists of texts"),
+        ({"scale": "huge"}, "scale must be one of"),
+        ({"question": None}, "scale must be one of"),
+        ({"runs": ["../mine"]}, "not in this folder"),
+        ({"runs": ["/etc"]}, "not in this folder"),
+    ],
+)
+def test_damaged_tables(table_folder, tmp_path, changes, said):
+    assert said in refused(AssetError, table_folder(**changes), "--out", tmp_path / "page.html")
+
+
+# --- what cannot be reported -------------------------------------------------------------------------------------
+
+
+def refused(kind: type[UserError], *arguments) -> str:
+    with pytest.raises(kind) as caught:
+        main([str(argument) for argument in arguments])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folders_that_are_none_of_ours(tmp_path):
+    assert "no such folder" in refused(AssetError, tmp_path / "gone")
+    assert "is neither a run's folder" in refused(AssetError, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "kind"),
+    [
+        ("config.yaml", "a: [", ConfigError),
+        ("config.yaml", "- 1", ConfigError),
+        ("metrics.jsonl", "", AssetError),
+        ("metrics.jsonl", "{torn", AssetError),
+        ("eval/a.json", "{", AssetError),
+        ("eval/a.json", "[1]", AssetError),
+        ("eval/a.json", '{"subject": {"step": 1}}', AssetError),
+        ("starts.jsonl", "{\n{}\n", AssetError),
+        ("starts.jsonl", '{"changed": {"a": 1}}\n{}\n', AssetError),
+        ("failures/a.json", "{}", AssetError),
+        ("samples.png", "no picture", AssetError),
+    ],
+)
+def test_damaged_files_are_named(run, tmp_path, file, text, kind):
+    folder = run("mine")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(text)
+    error = refused(kind, folder, "--no-samples", "--out", tmp_path / "page.html")
+    assert str(folder if file == "metrics.jsonl" else folder / file) in error
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_rest_can_be_had(run, tmp_path, capsys):
+    folder = run("mine")
+    for file in (folder / "checkpoints").glob("*.pt"):
+        file.write_bytes(file.read_bytes()[:100])
+    arguments = [str(folder), *map(str, QUICK), "--out", str(tmp_path / "page.html")]
+    assert run_main(main, arguments) == AssetError.exit_code
+    assert "--no-samples" in one_line(capsys.readouterr().err)
+    assert main([*arguments, "--no-samples"]) == 0
+
+
+def test_options_out_of_range(run, tmp_path):
+    folder = run("mine")
+    assert "--samples must be ≥ 1" in refused(UserError, folder, "--samples", 0)
+    for steps in ("0", "1,x", "", "1,,2"):
+        assert "--steps" in refused(UserError, folder, "--steps", steps)
+    assert "is a folder" in refused(UserError, folder, "--out", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(AssetError, folder, "--no-samples", "--out", tmp_path / "file" / "page.html")
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------
+
+
+def test_all_but_markup_is_escaped():
+    assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert tag("td", 0, None, class_="n") == '<td class="n">0</td>'
+    assert join("<", Html("<br>")) == "&lt;<br>"
+    assert tag("p", Html("<br>") + "<") == "<p>&lt;br&gt;&lt;</p>", "text made of markup is text"
+
+
+def test_columns_of_numbers_are_aligned():
+    rows = [["1.5 %", "text", "1.25 ± 0.1", "–"], ["−3", "4", Html("<b>2</b>"), "7"]]
+    text = table(["a", "b", "c", "d"], rows)
+    classes = re.findall(r'<th scope="col"( class="n")?>', text)
+    assert [bool(found) for found in classes] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(47.4, "47 seconds"), (130, "2.2 minutes"), (9000, "2.5 hours"), (400_000, "4.6 days"), (None, "an unknown time")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers_keep_what_tells():
+    assert [number(x) for x in (42.10532, 0.5164, 0.0123456, 1234.5, 0, None)] == [
+        "42.105",
+        "0.516",
+        "0.0123",
+        "1,234.500",
+        "0.000",
+        "–",
+    ]
+
+
+def test_the_style_sheet_is_small():
+    assert (ROOT / "eval" / "report.css").stat().st_size < 10_000
