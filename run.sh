@@ -2,8 +2,9 @@
 # One command for everything:
 #   bash run.sh                        list the recipes
 #   bash run.sh NAME [options]         run recipes/NAME.yaml: set up, train (or continue), sample, score, plot;
-#                                      or the rows of recipes/tables/NAME.yaml, and compare them
+#                                      or the rows of recipes/tables/NAME.yaml, set beside the paper's
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
+#   bash run.sh table1a --scale cpu    a table in small: cpu or gpu;  bash run.sh tables: all of them
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
 #   bash run.sh test [pytest options]  run the tests;  bash run.sh lint: style
 #   bash run.sh torture [NAME ...]     break runs on purpose, for half an hour, and print a table (docs/reliability.md)
@@ -81,10 +82,13 @@ esac
 shift
 if [ -f "recipes/$name.yaml" ]; then job=(eval.run "recipes/$name.yaml")
 elif [ -f "recipes/tables/$name.yaml" ]; then job=(eval.table "recipes/tables/$name.yaml")
+elif [ "$name" = tables ]; then job=(eval.table recipes/tables/{table,figure,jvp}*.yaml)
 else list_recipes >&2; echo >&2; die "there is no recipe named '$name'"
 fi
 needed=(requirements.txt)
-if grep -qE '^ *vae: *[^ ]*/' "${job[1]}"; then needed+=(requirements-imagenet.txt); fi  # it decodes with a VAE
+if grep -qE '^ *vae: *[^ ]*/|^ +base: .?imagenet_' "${job[@]:1}" && [[ " $* " != *" --scale "[cg]pu* ]]; then
+  needed+=(requirements-imagenet.txt)  # it decodes with a VAE
+fi
 set_up "${needed[@]}"
 
 processes="${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"

@@ -7,6 +7,7 @@ classifier does on real images that it was not fitted to.
 
 import argparse
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from eval.subjects import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import UserError, run_main
-from meanflow.training.config import RunConfig
 from meanflow.training.run_folder import RunFolder
 
 FOLDS = 5
@@ -71,7 +71,7 @@ def agreement(model: Model, n: int, steps: int, seed: int = 0) -> Agreement:
         raise UserError(f"{model.path}: is unconditional, so no class was asked for")
     if np.prod(config.image_shape) > MAX_PIXELS:
         raise UserError(f"{model.path}: a classifier of pixels says nothing about images of {config.image_shape}")
-    classifier, real = fitted_classifier(_real_images(config))
+    classifier, real = _judge(config.data, config.model.image_size, config.model.channels)
     labels = draw_labels(Sampling(n, seed, "random", "round"), config.model.classes)
     right = 0
     for start in range(0, n, BATCH):
@@ -91,11 +91,12 @@ def fitted_classifier(real: Dataset):
     return SVC().fit(features, labels), float(accuracy)
 
 
-def _real_images(config: RunConfig) -> Dataset:
-    if isinstance(config.data, DataConfig):
-        return load_dataset(config.data, config.model.image_size, config.model.channels)
-    if isinstance(config.data, LatentsConfig) and config.data.source == "digits":
-        return digits(config.data.split)
+@lru_cache(maxsize=1)  # the runs of a table have the same images
+def _judge(data: DataConfig | LatentsConfig, size: int, channels: int):
+    if isinstance(data, DataConfig):
+        return fitted_classifier(load_dataset(data, size, channels))
+    if data.source == "digits":
+        return fitted_classifier(digits(data.split))
     raise UserError("of latents of image files the images are not kept, so no classifier can be fitted")
 
 

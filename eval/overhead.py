@@ -96,9 +96,10 @@ def run(overhead: Overhead, out: Path, device: torch.device) -> str:
     where = environment()
     about = [
         config.question,
-        f"Ours: {report.recipe}, {report.parameters / 1e6:.1f} M parameters, batch {report.batch}, r≠t {report.share:.0%}, "
-        f"{how[2][0]}; medians and quartiles of {chosen.repeats} interleaved rounds on {where['device']}, "
-        f"{torch.get_num_threads()} threads, torch {where['torch']}. Paper: {config.paper.hardware}.",
+        f"Ours: {report.recipe}, {report.parameters / 1e6:.1f} M parameters, batch {report.batch}, r≠t "
+        f"{report.share:.0%}, {how[2][0]}; medians and quartiles of {chosen.repeats} interleaved rounds on "
+        f"{where['device']}, {torch.get_num_threads()} threads, torch {where['torch']}.",
+        f"Paper: {config.paper.hardware}.",
     ]
     facts = {"description": config.description, "question": config.question, "scale": overhead.scale}
     text = write_files(out, facts, rows, about, rows, [])

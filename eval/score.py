@@ -63,8 +63,9 @@ def score_run(
 ) -> list[dict]:
     """Score the checkpoint `what` (None: the newest) with the recipe's EMA at each of `config.eval.steps`.
 
-    Returns the results (main process). They are written to RUN/eval/*.json and shown as a table. What an interrupted call has done is used, and
-    results that stand there already are not made again. Raises what `eval.evaluate.evaluate` raises.
+    Returns the results (main process). They are written to RUN/eval/*.json and shown as a table. What an interrupted
+    call has done is used, and results that stand there already are not made again. Raises what
+    `eval.evaluate.evaluate` raises.
     """
     path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", "round")

@@ -9,13 +9,16 @@ import warnings
 from pathlib import Path
 
 from eval import overhead
+from eval.processes import on_main
 from eval.run import job
-from eval.table_config import SCALES, Table, load_table
+from eval.table_config import SCALES, Run, Table, load_table
 from eval.table_plan import TFLOPS, plan
 from eval.table_report import write_table
 from eval.table_results import Line, Result, measure
 from meanflow.errors import UserError, run_main
 from meanflow.training.batches import split_batch
+from meanflow.training.checkpoint import checkpoint_path
+from meanflow.training.config import load_config
 from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import warned_by_usr1
@@ -90,7 +93,9 @@ def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes)
     for number, run in enumerate(table.runs, 1):
         say(f"\n{table.name}: {run.row.name}, seed {run.seed} ({number} of {len(table.runs)})")
         folder = RunFolder(out / run.folder)
-        if code := job(run.recipe, folder, processes):
+        if on_main(processes, lambda run=run, folder=folder: is_done(run, folder)):
+            say(f"done: {folder.path}")
+        elif code := job(run.recipe, folder, processes):
             return code
         results.setdefault(run.row.folder, []).append(measure(table, run, folder, processes))
     if processes.is_main:
@@ -99,6 +104,13 @@ def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes)
         say(f"\n{write_table(table, lines, where, processes.device.type == 'cuda')}")
         say("\n" + "\n".join(f"{name:8}  {where / file}" for name, file in FILES.items()))
     return 0
+
+
+def is_done(run: Run, folder: RunFolder) -> bool:
+    """Whether this very run has come to its end, pictures included."""
+    checkpoint = checkpoint_path(folder.checkpoints, run.recipe.train.steps)
+    made = (folder.config_file, checkpoint.with_suffix(".json"), folder.path / "samples.png", folder.curves)
+    return all(file.exists() for file in made) and load_config(folder.config_file) == run.recipe
 
 
 FILES = {"table": "table.md", "numbers": "table.csv", "figure": "figure.png", "samples": "samples.png"}

@@ -38,7 +38,7 @@ class PaperConfig:
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """What a row trains at one scale: full (the paper's), gpu (one card, an hour a table) or cpu (two cores, minutes)."""
+    """What a row trains at one scale: full (the paper's), gpu (one card, an hour a table), cpu (two cores, minutes)."""
 
     base: str  # a recipe's name; {folder} stands for the row's
     set: tuple[str, ...]  # changes to it, before the row's

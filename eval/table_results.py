@@ -1,4 +1,4 @@
-"""What the runs of a table came to: figures by row with their spread over seeds, and whether the paper's order holds."""
+"""What the runs of a table came to: figures by row with spread over seeds, and whether the order is the paper's."""
 
 import math
 import statistics
@@ -142,7 +142,7 @@ def against_paper(table: Table, lines: list[Line]) -> list[str]:
                 against.append(f"{b.row.name} is better than {a.row.name}")
         pairs = math.comb(len(known), 2)
         text += (
-            f". Of {pairs} pairs of rows {agree} are clearly in the paper's order, {len(against)} clearly against it"
+            f". Of {pairs} pairs of rows {agree} are clearly in the paper's order and {len(against)} clearly against"
         )
         said.append(f"{text}{': ' if against else ''}{'; '.join(against)}.")
     return said

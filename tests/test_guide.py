@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from eval.table import load_table, parse
+from eval.table_config import load_table
 from meanflow.errors import ConfigError
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, config_from_tree, load_config
@@ -52,7 +52,7 @@ def recipe(name: str) -> RunConfig:
 
 @cache
 def rows(name: str) -> list[RunConfig]:
-    return [config for _, config in load_table(parse([str(TABLES / f"{name}.yaml")]))[1]]
+    return [run.recipe for run in load_table(TABLES / f"{name}.yaml").runs]
 
 
 def holds(config: RunConfig, assignments: list[str]) -> bool:

@@ -1,93 +1,220 @@
-"""Tables: rows of one recipe, run once, compared by distance and agreement."""
+"""Tables: rows of one recipe, run once, compared by distance and agreement, beside the paper's figures."""
 
+import copy
 import csv
+import json
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
-from running import ROOT, guided_latent_changes, write_recipe
+from running import ROOT, guided_latent_changes, tiny_config, write_recipe
+from torch.utils.flop_counter import FlopCounterMode
 
-from eval import table as module
+from eval import table_config
 from eval.run import main as run_main_of_recipe
-from eval.table import load_table, main, parse
+from eval.table import main
+from eval.table_config import PaperConfig, RowConfig, Table, load_table
+from eval.table_plan import passes
+from eval.table_results import Line, Mean, Result, against_paper
 from meanflow.errors import ConfigError, UserError
 from meanflow.training.config import load_config
+from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.estimate import forward_multiply_adds, random_batch
+from meanflow.training.metrics import StepSums
+from meanflow.training.state import fresh_state
+from meanflow.training.step import accumulate, make_loss
 
-TABLES = sorted((ROOT / "recipes" / "tables").glob("*.yaml"))
+TABLES = sorted(
+    path for path in (ROOT / "recipes" / "tables").glob("*.yaml") if "overhead" not in path.read_text(encoding="utf-8")
+)
+ALONE = Processes(0, 1, torch.device("cpu"))
+GUIDED = ["guidance.omega_prime=2", "guidance.omega=2"]
+SCALE = {"base": "tiny", "set": ["train.steps=9"], "each": None, "seeds": [0], "agreement": True, "note": "Is tiny."}
+TREE = {
+    "description": "tiny table",
+    "question": "Does it run?",
+    "parameter": "ω",
+    "paper": {"metric": "FID-50K", "nfe": [1]},
+    "milestones": False,
+    "full": None,
+    "gpu": None,
+    "cpu": SCALE,
+    "rows": [
+        {"name": "1", "folder": "one", "paper": [61.06], "set": []},
+        {"name": "2", "folder": "two", "paper": [20.15], "set": GUIDED},
+    ],
+}
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """`table(**changes)` writes a table of two rows on the tiny guided run."""
-    monkeypatch.setattr(module, "RECIPES", tmp_path)
+    """`table(**changes)` writes a table of two rows on the tiny guided run; `cpu__…` changes its scale."""
+    monkeypatch.setattr(table_config, "RECIPES", tmp_path)
     write_recipe(tmp_path / "tiny.yaml", **guided_latent_changes(tmp_path / "latents"), optim__lr=0.05)
-    guided = ["guidance.omega_prime=2", "guidance.omega=2"]
-    tree = {
-        "description": "tiny",
-        "question": "Does it run?",
-        "base": "tiny",
-        "agreement": True,
-        "rows": [{"name": "ω = 1", "folder": "one", "set": []}, {"name": "ω = 2", "folder": "two", "set": guided}],
-    }
 
-    def write(**changes):
-        path = tmp_path / "table.yaml"
-        path.write_text(yaml.safe_dump({**tree, **changes}), encoding="utf-8")
-        return str(path)
+    def write(name="table", **changes):
+        scale = {key.removeprefix("cpu__"): value for key, value in changes.items() if key.startswith("cpu__")}
+        plain = {key: value for key, value in changes.items() if not key.startswith("cpu__")}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**TREE, "cpu": {**SCALE, **scale}, **plain}), encoding="utf-8")
+        return path
 
     return write
 
 
+def sheet(folder):
+    return list(csv.DictReader((folder / "table.csv").open(encoding="utf-8")))
+
+
 def test_a_table_runs_its_rows_and_compares_them(table, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main([table(), "--out", str(out), "--set", "train.steps=9"]) == 0
-    rows = list(csv.reader((out / "table.csv").open(encoding="utf-8")))
-    assert rows[0] == ["", "1-NFE fd-pixels", "1-NFE agreement"]
-    assert [row[0] for row in rows[1:]] == ["ω = 1", "ω = 2"] and rows[1][1] != rows[2][1]
-    text = (out / "table.md").read_text(encoding="utf-8")
-    assert "Does it run?" in text and "| ω = 2 |" in text and "128 samples" in text
-    picture = Image.open(out / "samples.png")
-    assert picture.width > 1.5 * picture.height
-    assert load_config(out / "two" / "config.yaml").guidance.omega == 2
-    assert "ω = 1" in capsys.readouterr().out
+    arguments = [str(table(cpu__seeds=[0, 1])), "--out", str(out)]
+    assert main(arguments) == 0
+    one, two = sheet(out / "table")
+    assert one["ω"] == "1" and one["1-NFE fd-pixels"] != two["1-NFE fd-pixels"] and one["seeds"] == "2"
+    assert one["paper: 1-NFE FID-50K"] == "61.06" and 0 <= float(two["1-NFE agreement"]) <= 1
+    scores = [json.loads(next((out / f"one-seed{k}" / "eval").glob("*.json")).read_text()) for k in (0, 1)]
+    values = [score["metrics"]["fd-pixels"] for score in scores]
+    assert math.isclose(float(one["1-NFE fd-pixels"]), sum(values) / 2)
+    assert math.isclose(float(one["1-NFE fd-pixels sd"]), abs(values[0] - values[1]) / math.sqrt(2))
+    text = (out / "table" / "table.md").read_text(encoding="utf-8")
+    for said in ("Does it run?", "| 2 |", "128 samples", "seeds 0, 1", "20.15", "Is tiny.", "process-hours", " ± "):
+        assert said in text
+    tree = json.loads((out / "table" / "table.json").read_text(encoding="utf-8"))
+    assert tree["scale"] == "cpu" and all((out / "table" / run / "config.yaml").exists() for run in tree["runs"])
+    assert Image.open(out / "table" / "samples.png").width > 1.5 * Image.open(out / "table" / "samples.png").height
+    assert Image.open(out / "table" / "figure.png").width > 600
+    assert load_config(out / "two-seed1" / "config.yaml").guidance.omega == 2
+    assert "paper: 1-NFE FID-50K" in capsys.readouterr().out
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
-    assert main([table(), "--out", str(out), "--set", "train.steps=9"]) == 0  # all is done
+    assert main(arguments) == 0  # all is done
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
-    assert list(csv.reader((out / "table.csv").open(encoding="utf-8"))) == rows
+    assert sheet(out / "table") == [one, two]
+
+
+def test_rows_with_the_same_folder_are_one_run(table, tmp_path):
+    out = tmp_path / "out"
+    assert main([str(table()), "--rows", "one", "--out", str(out)]) == 0
+    before = (out / "one-seed0" / "starts.jsonl").read_text()
+    other = table("other", rows=[{"name": "none", "folder": "one", "paper": [61.06], "set": []}])
+    assert main([str(other), "--out", str(out)]) == 0
+    assert (out / "one-seed0" / "starts.jsonl").read_text() == before
+    assert sheet(out / "other")[0]["1-NFE fd-pixels"] == sheet(out / "table")[0]["1-NFE fd-pixels"]
 
 
 def test_a_row_is_the_run_that_its_recipe_makes_alone(table, tmp_path):
-    arguments = ["--set", "train.steps=9"]
-    assert main([table(), "--rows", "two", "--out", str(tmp_path / "out"), *arguments]) == 0
-    guided = ["--set", "guidance.omega_prime=2", "--set", "guidance.omega=2"]
-    assert run_main_of_recipe([str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "alone"), *guided, *arguments]) == 0
-    one, two = (next((tmp_path / name / "eval").glob("step*.json")).read_text() for name in ("out/two", "alone"))
+    assert main([str(table()), "--rows", "two", "--seeds", "5", "--out", str(tmp_path / "out")]) == 0
+    changes = [part for change in ("train.steps=9", *GUIDED, "seed=5") for part in ("--set", change)]
+    assert run_main_of_recipe([str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "alone"), *changes]) == 0
+    one, two = (next((tmp_path / name / "eval").glob("step*.json")).read_text() for name in ("out/two-seed5", "alone"))
     assert one.split('"metrics"')[1].split("}")[0] == two.split('"metrics"')[1].split("}")[0]
-    assert not (tmp_path / "out" / "one").exists()
+    assert not (tmp_path / "out" / "one-seed5").exists()
+
+
+def test_milestones_are_scored_along_one_run(table, tmp_path):
+    sets = ["train.steps=5", "checkpoint.every=2", "checkpoint.milestone_every=2"]
+    path = table(milestones=True, cpu__set=sets, cpu__agreement=False)
+    assert main([str(path), "--rows", "one", "--out", str(tmp_path / "out")]) == 0
+    (row,) = sheet(tmp_path / "out" / "table")
+    figures = [row[f"1-NFE fd-pixels at {step} steps"] for step in (2, 4, 5)]
+    assert len(set(figures)) == 3
+    assert Image.open(tmp_path / "out" / "table" / "figure.png").width > 600
+
+
+def test_a_dry_run_says_what_each_row_costs(table, tmp_path, capsys):
+    assert main([str(table()), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "two-seed0" in out and "guidance.omega=2" in out and "2 runs" in out and "GPU-hours" in out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "word"),
+    "changes",
     [
-        ({"base": "nothing"}, ConfigError, "nothing"),
-        ({"rows": []}, ConfigError, "rows"),
-        ({"rows": [{"name": name, "folder": "x", "set": []} for name in "ab"]}, ConfigError, "rows"),
-        ({"rows": [{"name": "a", "folder": "../x", "set": []}]}, ConfigError, "folder"),
-        ({"rows": [{"name": "a", "folder": "x", "set": ["optim.rate=1"]}]}, ConfigError, r"optim\.rate"),
-        ({"rows": [{"name": "a", "folder": "x", "set": ["guidance.omega=2"]}]}, ConfigError, "omega"),
+        {"times__ratio": 0.0},
+        {"times__ratio": 1.0},
+        {"times__ratio": 0.5, **guided_latent_changes(), "guidance__kappa": 0.5, "guidance__omega_prime": 2.0},
     ],
 )
-def test_what_cannot_be_run_is_named(table, changes, error, word):
-    with pytest.raises(error, match=word):
-        load_table(parse([table(**changes)]))
+def test_the_cost_of_a_step_is_about_what_is_counted(changes):
+    tree = {**guided_latent_changes(), **changes}
+    tree["model"] = {**tree["model"], "patch": 1, "width": 96, "depth": 4}  # blocks outweigh what has no gradient
+    config = tiny_config(**tree)
+    state = fresh_state(config, ALONE.device)
+    loss, gradients = make_loss(state.network, config, ALONE.device), GradientSum(state.network, ALONE)
+    batch = random_batch(config, 64, ALONE.device)
+    with FlopCounterMode(display=False) as counter:
+        accumulate(loss, [batch], 1, 64, gradients, StepSums(ALONE.device, False))
+    estimate = 2 * forward_multiply_adds(config) * passes(config) * 64
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_rows_that_are_not_there_are_named(table):
-    with pytest.raises(UserError, match="three"):
-        load_table(parse([table(), "--rows", "1,three"]))
+def lines_of(*figures):
+    """A table of the paper's values 1, 2, 3, … and lines with these (mean, deviation) of three seeds."""
+    rows = [RowConfig(str(k), str(k), (float(k),), ()) for k in range(1, 1 + len(figures))]
+    lines = []
+    for row, (mean, deviation) in zip(rows, figures, strict=True):
+        values = (mean - deviation, mean, mean + deviation)
+        lines.append(Line(row, tuple(Result({"1-NFE fd-pixels": v}, None, 1.0, {"processes": 1}) for v in values)))
+    config = load_table(next(path for path in TABLES if path.stem == "table1a")).config
+    return Table("t", replace(config, paper=PaperConfig("FID", (1,))), "cpu", "", ()), lines
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_table_of_the_house_resolves(path):
-    assert load_table(parse([str(path)]))[1]
+def test_the_order_is_compared_with_the_papers():
+    (said,) = against_paper(*lines_of((1.0, 0.01), (2.0, 0.01), (3.0, 0.01)))
+    assert "best row is 1, here it is 1. Of 3 pairs of rows 3 are clearly" in said and "0 clearly against" in said
+    (said,) = against_paper(*lines_of((5.0, 0.01), (2.0, 0.01), (3.0, 0.01)))
+    assert "here it is 2. Of 3 pairs" in said and "2 clearly against: 2 is better than 1; 3 is better than 1" in said
+    (said,) = against_paper(*lines_of((2.01, 0.5), (2.0, 0.5)))
+    assert "(within two standard errors)" in said and "0 are clearly" in said
+
+
+def test_the_spread_is_the_sample_standard_deviation():
+    assert Mean.of([1.0, 2.0, 3.0]) == Mean(2.0, 1.0, 3) and Mean.of([1.0]).deviation is None
+    assert Mean.of([1.0, 2.0, 3.0]).text() == "2.000 ± 1.000" and Mean.of([0.5]).text("{:.1%}") == "50.0%"
+
+
+ROW = {"name": "a", "folder": "x", "paper": [None], "set": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"cpu__base": "nothing"}, "nothing"),
+        ({"rows": []}, "rows"),
+        ({"rows": [ROW, copy.deepcopy(ROW)]}, "rows"),
+        ({"rows": [{**ROW, "folder": "../x"}]}, "folder"),
+        ({"rows": [{**ROW, "paper": []}]}, "paper"),
+        ({"rows": [{**ROW, "set": ["optim.rate=1"]}]}, r"optim\.rate"),
+        ({"rows": [{**ROW, "set": ["guidance.omega=2"]}]}, "omega"),
+        ({"cpu__each": [[]]}, r"each"),
+        ({"cpu__seeds": []}, "seeds"),
+        ({"cpu": None}, "full, gpu, cpu"),
+        ({"milestones": True}, "milestone_every"),
+    ],
+)
+def test_what_cannot_be_run_is_named(table, changes, word):
+    with pytest.raises(ConfigError, match=word):
+        load_table(table(**changes))
+
+
+def test_what_is_not_there_is_named(table):
+    for asked, word in (({"rows": "1,three"}, "three"), ({"scale": "full"}, "full"), ({"seeds": "0,-1"}, "--seeds")):
+        with pytest.raises(UserError, match=word):
+            load_table(table(), **asked)
+
+
+@pytest.mark.parametrize("scale", ["full", "gpu", "cpu"])
+def test_every_table_of_the_house_resolves(scale):
+    """Rows of several tables that share a folder are the same run."""
+    runs = {}
+    for path in TABLES:
+        if load_table(path).config.scales.get(scale):
+            for run in load_table(path, scale).runs:
+                other = runs.setdefault(run.folder, run.recipe)
+                assert other == run.recipe, f"{path.stem}: {run.folder}"
+    assert len(runs) >= 30
