@@ -20,10 +20,11 @@ from eval.bench_rows import ROWS, Plan, Report, Row, measure
 from eval.bench_steps import SEPARATE
 from meanflow.errors import UserError, run_main, write_errors_named
 from meanflow.tangent import JVPS
-from meanflow.training.config import PRECISIONS, load_config
+from meanflow.training.config import COMPILE_MODES, PRECISIONS, load_config
 from meanflow.training.run_folder import environment
 
 RECIPES = [Path("recipes/cifar10.yaml"), Path("recipes/imagenet_b4.yaml")]
+NONE = "none"
 BATCH = {"cuda": {"images": 128, "latents": 128}, "cpu": {"images": 8, "latents": 32}}  # a second or more a step
 
 
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median counts (7)")
     parser.add_argument("--precisions", help="fp32, tf32, bf16, comma-separated (all that this device has)")
     parser.add_argument("--jvp", default="dual", help="dual, func, separate; the first one counts (dual)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled steps too (on a GPU)")
+    parser.add_argument("--compile", metavar="MODES", help=f"{NONE}, or {', '.join(COMPILE_MODES)} (default on a GPU)")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"which figures ({','.join(ROWS)})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     parser.add_argument("--out", type=Path, help="a JSON file with everything, every round's seconds included")
@@ -45,7 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.precisions = _names("--precisions", args.precisions, PRECISIONS) if args.precisions else here
     args.jvp, args.rows = _names("--jvp", args.jvp, (*JVPS, SEPARATE)), _names("--rows", args.rows, ROWS)
     args.device = torch.device("cuda" if cuda else "cpu")
-    args.compile = cuda if args.compile is None else args.compile
+    modes = args.compile or ("default" if cuda else NONE)
+    args.compile = () if modes == NONE else _names("--compile", modes, COMPILE_MODES)
     for name in ("batch", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be ≥ 1, got {getattr(args, name)}")

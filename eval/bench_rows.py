@@ -99,25 +99,25 @@ class Plan:
     rounds: int
     precisions: tuple[str, ...]
     jvps: tuple[str, ...]
-    compile: bool
+    modes: tuple[str, ...]  # of torch.compile, for compiled steps besides the eager ones
     rows: tuple[str, ...]
     device: torch.device
 
-    def setting(self, way: str, precision: str, compile: bool = False) -> Setting:
+    def setting(self, way: str, precision: str, compile: str | None = None) -> Setting:
         return Setting(self.recipe, self.overrides, self.batch, way, precision, compile)
 
     @property
     def plain(self) -> Setting:
         """The baseline: eager float32 on a CPU; TF32 on a GPU, compiled if anything is."""
         cuda = self.device.type == "cuda"
-        return self.setting(PLAIN, "tf32" if cuda else "fp32", cuda and self.compile)
+        return self.setting(PLAIN, "tf32" if cuda else "fp32", self.modes[0] if cuda and self.modes else None)
 
     def settings(self) -> list[Setting]:
         chosen = []
         for precision in self.precisions:
             chosen += [self.setting(way, precision) for way in (FLOW_MATCHING, *self.jvps)]
-            if self.compile:
-                chosen += [self.setting(way, precision, compile=True) for way in (FLOW_MATCHING, self.jvps[0])]
+            for mode in self.modes:
+                chosen += [self.setting(way, precision, mode) for way in (FLOW_MATCHING, self.jvps[0])]
         return chosen + ([self.plain] if "plain" in self.rows else [])
 
 
@@ -177,7 +177,7 @@ def _against_plain(plan: Plan, seconds: dict, kind: str, precision: str, bound: 
     """Images/s of the fastest of our steps in `precision` over the plain one's."""
     where, baseline = {"cpu": ("CPU", "plain fp32 step"), "cuda": ("GPU", "plain TF32 step, compiled")}[kind]
     name, bound = f"images/s on a {where}, {precision}, against the {baseline}", bound if applies else None
-    ours = [plan.setting(plan.jvps[0], precision, compiled).name for compiled in (False, True)]
+    ours = [plan.setting(plan.jvps[0], precision, mode).name for mode in (None, *plan.modes)]
     measured = [seconds[name] for name in ours if name in seconds]
     missing = ""
     if plan.device.type != kind:

@@ -40,16 +40,16 @@ class Setting:
     batch: int
     way: str
     precision: str
-    compile: bool
+    compile: str | None  # mode of torch.compile
 
     @property
     def name(self) -> str:
-        return f"{self.way}, {self.precision}{', compiled' if self.compile else ''}"
+        return f"{self.way}, {self.precision}{f', compiled ({self.compile})' if self.compile else ''}"
 
     def config(self) -> RunConfig:
         """Without guidance, whose passes are no part of the derivative's cost. Raises ConfigError."""
         sets = [*self.overrides, f"train.batch={self.batch}", "train.microbatch=null"]
-        sets += [f"train.precision={self.precision}", f"train.compile={str(self.compile).lower()}"]
+        sets += [f"train.precision={self.precision}", f"train.compile={self.compile or 'null'}"]
         if self.way == FLOW_MATCHING:
             sets += ["times.ratio=0"]
         if self.way in ("dual", "func"):
@@ -72,12 +72,12 @@ class Step:
         self.loss = self._loss(setting.compile)
         self.gradients = GradientSum(self.state.network, Processes(0, 1, device))
 
-    def _loss(self, compile: bool) -> LossFunction:
+    def _loss(self, compile: str | None) -> LossFunction:
         network, config, way = self.state.network, self.config, self.setting.way
         if way not in (PLAIN, SEPARATE):
             return make_loss(network, replace(config, train=replace(config.train, compile=compile)), self.device)
         tangent = plain_tangent if way == PLAIN else separate_tangent
-        tangent = torch.compile(tangent, dynamic=False) if compile else tangent
+        tangent = torch.compile(tangent, dynamic=False, mode=compile) if compile else tangent
         bf16 = config.train.precision == "bf16"
 
         def loss(batch: MicroBatch) -> MeanFlowLoss:
@@ -100,7 +100,7 @@ class Step:
     def flops(self) -> int:
         """Multiplications and additions of matrix products and convolutions, forward and backward (run eagerly)."""
         with FlopCounterMode(display=False) as counter:
-            self.backward(self._loss(compile=False))
+            self.backward(self._loss(compile=None))
         return counter.get_total_flops()
 
 

@@ -89,7 +89,7 @@ def load(path: Path, scale: str | None, changes: list[str]) -> Overhead:
 def run(overhead: Overhead, out: Path, device: torch.device) -> str:
     """Measure, write table.md, table.csv, table.json and figure.png; the table as text. Raises AssetError."""
     config, chosen = overhead.config, overhead.settings
-    how = (chosen.batch, chosen.repeats, ("tf32" if device.type == "cuda" else "fp32",), ("dual", "func"), False)
+    how = (chosen.batch, chosen.repeats, ("tf32" if device.type == "cuda" else "fp32",), ("dual", "func"), ())
     recipe = RECIPES / f"{config.base}.yaml"
     report = measure(Plan(recipe, overhead.changes, *how, ("step",), device), lambda line: None)
     rows = _rows(config.paper, report)

@@ -77,7 +77,7 @@ TREE: dict[str, Any] = {
         "steps": 6,
         "precision": "fp32",
         "activation_checkpointing": False,
-        "compile": False,
+        "compile": None,
         "deterministic": False,
         "check_every": 1,
         "spike_guard": None,

@@ -28,7 +28,7 @@ B, N = 8, 6  # rows of a batch, and those with r ≠ t: the recipe's 75 %
 def step(recipe):
     """`step(way, …)` is one step of the tiny recipe."""
     path = recipe(model__attention=[8], model__dropout=0.2)
-    return lambda way, *overrides: Step(Setting(path, overrides, B, way, "fp32", False), CPU)
+    return lambda way, *overrides: Step(Setting(path, overrides, B, way, "fp32", None), CPU)
 
 
 class Passes(TorchDispatchMode):
@@ -161,7 +161,7 @@ def test_latent_recipes_too(tmp_path, recipe, capsys):
 
 
 def test_memory_is_that_of_a_process_of_its_own(recipe):
-    peak = peak_memory(Setting(recipe(model__width=4), (), 2, "dual", "fp32", False), CPU, steps=1)
+    peak = peak_memory(Setting(recipe(model__width=4), (), 2, "dual", "fp32", None), CPU, steps=1)
     assert 50 < peak < 5000
 
 

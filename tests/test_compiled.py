@@ -57,7 +57,7 @@ def test_dual_numbers_compile_and_give_the_same(graphs, bf16, moving):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             return net(z, t, r, **cond)
 
-    compiled = compiled_derivative(net, "dual")
+    compiled = compiled_derivative(net, "dual", "default")
     for _ in range(2):
         eager, traced = (loss_and_gradient(net, u, d, moving) for d in (value_and_tangent, compiled))
         assert (eager - traced).norm() <= 1e-5 * eager.norm()
@@ -70,7 +70,7 @@ def test_dual_numbers_compile_and_give_the_same(graphs, bf16, moving):
 def test_a_varying_number_of_moving_rows_needs_few_graphs(graphs, monkeypatch):
     monkeypatch.setattr("meanflow.training.compiled.PARTS", 2)
     net = Network().eval()
-    compiled = compiled_derivative(net, "dual")
+    compiled = compiled_derivative(net, "dual", "default")
     for moving in (1, 3, 4, 5):
         eager, traced = (loss_and_gradient(net, net, d, moving) for d in (value_and_tangent, compiled))
         assert (eager - traced).norm() <= 1e-5 * eager.norm()
@@ -79,6 +79,18 @@ def test_a_varying_number_of_moving_rows_needs_few_graphs(graphs, monkeypatch):
 
 def test_a_compiled_run_is_the_eager_one(graphs, train_tiny):
     config = {"model__width": 4, "model__dropout": 0.1, "train__steps": 3}
-    runs = [train_tiny(name, train__compile=name == "compiled", **config) for name in ("eager", "compiled")]
+    runs = [
+        train_tiny(name, train__compile="default" if name == "compiled" else None, **config)
+        for name in ("eager", "compiled")
+    ]
     assert comparable_metrics(runs[0].path) == comparable_metrics(runs[1].path)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("jvp", ["dual", "func"])
+def test_the_mode_of_the_recipe_is_torch_compiles(jvp, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how["mode"]) or function)
+    net = Network().eval()
+    loss_and_gradient(net, net, compiled_derivative(net, jvp, "reduce-overhead"), 3)
+    assert asked == ["reduce-overhead"]

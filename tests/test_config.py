@@ -78,7 +78,7 @@ from unet import UNet
         ({"eval__steps": [1, 0]}, ["eval.steps"]),
         ({"eval__every": 0}, ["eval.every"]),
         (
-            {"train__compile": True, "train__activation_checkpointing": True},
+            {"train__compile": "default", "train__activation_checkpointing": True},
             ["train.activation_checkpointing", "train.compile"],
         ),
         ({"seed": -1}, ["seed"]),
@@ -209,7 +209,7 @@ def test_changes_lists_exactly_what_differs():
         {"train__steps": 7},
         {"train__microbatch": 2},
         {"ema__eval": 0.5},
-        {"train__compile": True},
+        {"train__compile": "default"},
         {"checkpoint__every": 3},
         {"checkpoint__keep": 5},
         {"logging__flush_every": 2},

@@ -11,14 +11,14 @@ from meanflow.tangent import Network, value_and_tangent
 PARTS = 8  # how many different numbers of rows with r ≠ t are told apart
 
 
-def compiled_derivative(network: nn.Module, jvp: str) -> Callable:
+def compiled_derivative(network: nn.Module, jvp: str, mode: str) -> Callable:
     """`value_and_tangent` for `network` alone, compiled at its first call; one more graph for each shape of batch.
 
     Compiled as a whole: PyTorch runs a compiled *network* eagerly, without a word, inside its own jvp.
     """
     if jvp == "dual":
-        return TracedDual(network)
-    return torch.compile(value_and_tangent, dynamic=False, fullgraph=True)
+        return TracedDual(network, mode)
+    return torch.compile(value_and_tangent, dynamic=False, fullgraph=True, mode=mode)
 
 
 class TracedDual:
@@ -28,8 +28,8 @@ class TracedDual:
     Where the number of rows with r ≠ t varies from step to step it is rounded up, so that few graphs serve all.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network
+    def __init__(self, network: nn.Module, mode: str):
+        self.network, self.mode = network, mode
         self.graphs: dict[tuple, Callable] = {}
 
     def __call__(
@@ -49,7 +49,7 @@ class TracedDual:
         dz = F.pad(dz.flatten(1), (0, 0, 0, padded - rows)).view(padded, *z.shape[1:])
         key = (tuple(z.shape), padded, dt, dr, *sorted(cond))
         if key not in self.graphs:
-            self.graphs[key] = _compile(_Pair(self.network, u, dt, dr), (z, t, r, dz, cond))
+            self.graphs[key] = _compile(_Pair(self.network, u, dt, dr), (z, t, r, dz, cond), self.mode)
         value, tangent = self.graphs[key](z, t, r, dz, cond)
         return value, tangent[:rows]
 
@@ -65,6 +65,6 @@ class _Pair(nn.Module):
         return value_and_tangent(self.u, z, t, r, (dz, *self.speeds), len(dz), "dual", cond)
 
 
-def _compile(pair: nn.Module, inputs: tuple) -> Callable:
+def _compile(pair: nn.Module, inputs: tuple, mode: str) -> Callable:
     traced = torch.export.export(pair, inputs, strict=False).module(check_guards=False)
-    return torch.compile(traced, dynamic=False, fullgraph=True)
+    return torch.compile(traced, dynamic=False, fullgraph=True, mode=mode)

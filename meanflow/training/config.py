@@ -16,6 +16,7 @@ from meanflow.training import settings
 from unet import UNetConfig
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 EMA_STORES = ("device", "host")
 
 # What may differ when a run continues: how it is run and judged, never what is learnt.
@@ -105,7 +106,7 @@ class TrainConfig:
     steps: int
     precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast)
     activation_checkpointing: bool  # keep only each block's input, compute it again in the backward pass
-    compile: bool  # torch.compile of u and du/dt together, minutes at the start
+    compile: str | None  # mode of torch.compile for u and du/dt together, minutes at the start; null: eager
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
     check_every: int  # steps between checks that weights and EMAs are finite and the same on every process
     spike_guard: float | None  # leave out updates whose gradient norm is above so many times its mean; null: never
@@ -121,6 +122,8 @@ class TrainConfig:
             raise ValueError(f"spike_guard must be > 1 or null, got {self.spike_guard}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.compile not in (None, *COMPILE_MODES):
+            raise ValueError(f"compile must be null or one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class RunConfig:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.train.compile and self.train.activation_checkpointing and self.loss.jvp == "dual":
             raise ValueError(
-                "train.activation_checkpointing would be lost in the compiled graph: set it or train.compile to false"
+                "train.activation_checkpointing is lost in a compiled graph: set it to false, or train.compile to null"
             )
         if self.train.activation_checkpointing and self.loss.jvp != "dual":
             raise ValueError("train.activation_checkpointing: torch.func has no such thing; set loss.jvp to dual")

@@ -34,7 +34,9 @@ def configure_numerics(config: TrainConfig) -> None:
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
     """The loss of a micro-batch; networks run under bf16 autocast if the recipe says so, the target never does."""
     bf16 = config.train.precision == "bf16"
-    derivative = compiled_derivative(network, config.loss.jvp) if config.train.compile else value_and_tangent
+    mode, derivative = config.train.compile, value_and_tangent
+    if mode is not None:
+        derivative = compiled_derivative(network, config.loss.jvp, mode)
 
     def velocity(z, t, r, **cond):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
