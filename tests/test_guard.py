@@ -10,13 +10,16 @@ import torch
 from running import comparable_metrics, guided_latent_changes, read_metrics, tiny_config, write_images
 
 from meanflow.errors import AssetError, ConfigError, NumericsError, run_main
+from meanflow.random import derive_seed
 from meanflow.training import guard as module
 from meanflow.training import loop, replay
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
 from meanflow.training.distributed import Processes
+from meanflow.training.failure import record_failure
 from meanflow.training.guard import Guard, NotFinite, check, checksum
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
+from meanflow.training.state import fresh_state
 
 CPU = torch.device("cpu")
 
@@ -213,6 +216,14 @@ def failed(tmp_path, alone, images):
     with pytest.raises(NumericsError) as caught:
         train(tiny_config(train__steps=9, eval__every=4, **rich), run, alone, lambda line: None, spoil)
     return run, str(caught.value)
+
+
+def test_what_a_guided_latent_run_draws_is_noted(tmp_path):
+    config = tiny_config(**guided_latent_changes())
+    state, data = fresh_state(config, CPU), {"images": 20, "classes": [], "sha256": ""}
+    file = record_failure(RunFolder(tmp_path), state, config, data, NotFinite(5, "loss nan"), 1)
+    seeds = json.loads(file.read_text())["failure"]["seeds"]
+    assert seeds == {name: derive_seed(3, name, 4) for name in ("times", "noise", "posterior", "mirror", "label drop")}
 
 
 def replayed(capsys, *arguments) -> tuple[int, str]:

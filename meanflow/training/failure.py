@@ -54,11 +54,14 @@ def record_failure(
     """
     done = failed.step - 1
     seed, batch = config.seed, config.train.batch
+    purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment",))]
+    if config.guidance is not None:
+        purposes.append("label drop")
     failure = {
         "step": failed.step,
         "what": failed.what,
         "processes": world,
-        "seeds": {purpose: derive_seed(seed, purpose, done) for purpose in ("times", "noise", "augment")},
+        "seeds": {purpose: derive_seed(seed, purpose, done) for purpose in purposes},
         "images": batch_indices(data["images"], seed, done * batch, batch).tolist(),
     }
     whole = to_checkpoint(state, config, data)
