@@ -174,7 +174,7 @@ def read_scores(run: RunFolder) -> list[dict[str, Any]]:
             shared = {"step": result["subject"]["step"], "n": protocol["n"], "comparable": result["comparable"]}
             shared["label"] = f"NFE {protocol['nfe']}, EMA {protocol['ema']}, N {protocol['n']:,}"
             points += [{"metric": name, "value": value, **shared} for name, value in result["metrics"].items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AssetError(f"{path}: is not a result of eval.fid ({error}); move it away") from error
     return points
 

@@ -174,7 +174,7 @@ def test_a_manifest_that_was_tampered_with(made, changes):
     refused(made, "damaged")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\0" * 99])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\0" * 99, "[" * 20_000])
 def test_a_damaged_manifest(made, text):
     (made[0] / "manifest.json").write_text(text)
     refused(made, "manifest.json: is damaged")

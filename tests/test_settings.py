@@ -149,6 +149,8 @@ def test_long_values_are_cut_in_messages():
         ("", "expected a mapping of settings, found NoneType"),
         ("just text", "found str"),
         ("<<: {a: 1}\n", "not valid YAML"),
+        *((f"a: !!{tag} 8\n", "not valid YAML") for tag in ("timestamp", "bool", "omap", "set")),
+        ("a: !!int ''\n", "not valid YAML"),
     ],
 )
 def test_files_that_are_no_settings(tmp_path, text, part):

@@ -186,7 +186,7 @@ def _refuse_other_kinds(name: str, folder: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind = config["_class_name"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise AssetError(f"data.vae {name}: {file} is missing or not a VAE's in diffusers' layout") from error
     if kind != "AutoencoderKL":
         raise AssetError(f"data.vae {name} is of the kind {kind}, not AutoencoderKL")

@@ -215,7 +215,7 @@ def shard_entry(folder: Path, plan: Plan, index: int) -> dict[str, Any] | None:
     try:
         entry = json.loads(path.with_suffix(".json").read_bytes())
         return None if fault(path, entry["count"], entry["bytes"], plan, index) else entry
-    except (OSError, ValueError, LookupError, TypeError):  # not there, or not ours: it is made again
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not there, or not ours: it is made again
         return None
 
 
@@ -278,7 +278,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"{path}: is damaged or cannot be read ({error}): delete it and prepare again") from error
     return tree
 

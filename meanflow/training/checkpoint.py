@@ -222,7 +222,7 @@ def _compare_checksum(path: Path) -> None:
         return
     try:
         expected = json.loads(sidecar.read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise AssetError(f"{sidecar}: is damaged, so {path.name} cannot be checked") from error
     if file_sha256(path) != expected:
         raise AssetError(f"{path}: is damaged (its checksum differs from the one in {sidecar.name})")

@@ -74,7 +74,7 @@ def starts(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of `starts.jsonl`. Raises AssetError if there are none or they cannot be read."""
     try:
         lines = [json.loads(line) for line in run.starts_file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"{run.starts_file}: cannot be read ({error})") from error
     if not lines:
         raise AssetError(f"{run.starts_file}: is empty")

@@ -53,7 +53,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # the last ones are what PyYAML makes of !!timestamp 8, !!bool 8 and the like
         reason = getattr(error, "problem", None) or "it is malformed"
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{source}: not valid YAML: {reason}{f' (line {mark.line + 1})' if mark else ''}") from error
