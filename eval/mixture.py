@@ -19,6 +19,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Generator, Tensor
 
+from meanflow.tangent import Network
+
 TOLERANCE = 1e-9  # of the ODE solver, absolute and relative: far below any error that training leaves
 
 
@@ -79,3 +81,8 @@ class Mixture:
     def _log_joint(self, offset: Tensor, variance: Tensor) -> Tensor:
         """log π_k N(z; (1 − t) m_k, σ_k² I), (B, K)."""
         return -offset.square().sum(2) / (2 * variance) - torch.log(2 * torch.pi * variance * len(self.stds))
+
+
+def instantaneous(mixture: Mixture) -> Network:
+    """v in the place of u: what ordinary Flow Matching samples with."""
+    return lambda z, t, r: mixture.velocity(z, t)

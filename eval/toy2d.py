@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from eval.files import write_json
-from eval.mixture import Mixture
+from eval.mixture import Mixture, instantaneous
 from eval.toy2d_plot import draw
 from eval.toy2d_train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
-from meanflow.errors import run_main, write_errors_named
+from meanflow.errors import NumericsError, run_main, write_errors_named
 from meanflow.objective import interpolate
 from meanflow.random import generator
 from meanflow.sampling import sample, time_grid
@@ -26,6 +26,7 @@ from meanflow.training.config import config_to_yaml
 from meanflow.training.network import count_parameters
 
 INTERVALS = ((0.0, 0.0), (0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, 1.0))  # of t − r
+FLOOR_SETS = 8  # of fresh data, whose distances to the data are averaged
 DIRECTIONS = 64  # of the sliced distance, evenly over the half circle
 
 
@@ -117,25 +118,26 @@ def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) ->
 
     All start from the same noise: u by Eq. (12), v by Euler's method, which is Eq. (12) with v in u's place.
     """
-    data, fresh = (mixture.sample(config.samples, generator(seed, name)) for name in ("data", "fresh"))
+    data = mixture.sample(config.samples, generator(seed, "data"))
+    fresh = [mixture.sample(config.samples, generator(seed, "fresh", k)) for k in range(FLOOR_SETS)]
     noise = torch.randn(data.shape, generator=generator(seed, "noise"), dtype=data.dtype)
     one, zero = torch.ones(len(noise)), torch.zeros(len(noise))
     v = instantaneous(mixture)
     return {
-        "fresh data": sliced_wasserstein(fresh, data),
+        "fresh data": sum(sliced_wasserstein(other, data) for other in fresh) / FLOOR_SETS,
         "exact flow": sliced_wasserstein(mixture.flow(noise, one, zero), data),
         "u": {str(n): sliced_wasserstein(sample(u, noise, time_grid(n)), data) for n in config.steps},
         "v": {str(n): sliced_wasserstein(sample(v, noise, time_grid(n)), data) for n in config.steps},
     }
 
 
-def instantaneous(mixture: Mixture) -> Network:
-    """v in the place of u: what ordinary Flow Matching samples with."""
-    return lambda z, t, r: mixture.velocity(z, t)
-
-
 def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
-    """√ of the mean over directions of W₂² between projections: a, b (N, 2). Exact in each direction, by sorting."""
+    """√ of the mean over directions of W₂² between projections: a, b (N, 2). Exact in each direction, by sorting.
+
+    Raises NumericsError if a point is not finite.
+    """
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NumericsError("samples are not finite: a smaller train.lr or more train.steps may help")
     angles = torch.arange(DIRECTIONS, dtype=a.dtype) * torch.pi / DIRECTIONS
     directions = torch.stack([angles.cos(), angles.sin()])  # (2, DIRECTIONS)
     projected = [(points @ directions).sort(0).values for points in (a, b)]

@@ -4,7 +4,6 @@ Arrows point the way that samples go, from noise to data: they show −v and −
 stand where z_t is found.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from eval.mixture import Mixture
+from eval.mixture import Mixture, instantaneous
 from eval.plot import COLOURS
 from eval.toy2d_train import DrawConfig, Toy2dConfig
 from meanflow.errors import write_errors_named
@@ -31,9 +30,9 @@ SHRINK = 5.0  # an arrow is this much shorter than the velocity it shows
 RARE = 0.01  # share of the z_t that lie where no arrow is drawn
 PIXELS = 100  # a side of the densities
 SHADES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # of their maximum
-MEETING = (0.5, -0.1)  # the point z_t, at t = 0.5, that the first panel looks at
+MEETING = (0.9, 0.1)  # the point z_t, at t = 0.5, that the first panel looks at
 MEETING_PATHS, ENDS = 8, 300
-PATHS, LONG = 60, 1.0  # of the flow; how long both arrows at the chosen one are at least
+PATHS, LONG = 60, 0.9  # of the flow; how long both arrows at the chosen one are at least
 PERCENT = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
@@ -45,14 +44,7 @@ def draw(u: Network, mixture: Mixture, config: Toy2dConfig, numbers: dict, path:
     average_panel(axes[1, 0], mixture, draws)
     error_panel(axes[2, 0], numbers["error"])
     for column, t in enumerate(config.draw.times, 1):
-        fields = (
-            (f"$v(z,\\ t={t:g})$", BLUE, lambda z, t, r: mixture.velocity(z, t)),
-            (f"true $u(z,\\ r=0,\\ t={t:g})$", GREEN, mixture.average_velocity),
-            (f"trained $u(z,\\ r=0,\\ t={t:g})$", ORANGE, u),
-        )
-        for axis, (title, colour, field) in zip(axes[:, column], fields, strict=False):
-            field_panel(axis, mixture, field, t, colour, config.draw, draws)
-            axis.set_title(title, fontsize=10)
+        field_panels(axes[:3, column], u, mixture, t, config.draw, draws)
     sample_panels(axes[3], u, mixture, config, numbers["distance"], draws)
     for axis in (*axes[:2].flat, *axes[2, 1:], *axes[3]):
         frame(axis, config.draw.half_width)
@@ -78,26 +70,31 @@ def noise_of(n: int, draws: torch.Generator) -> Tensor:
     return torch.randn(n, 2, generator=draws, dtype=torch.float64)
 
 
-def field_panel(
-    axis, mixture: Mixture, field: Callable, t: float, colour: str, config: DrawConfig, draws: torch.Generator
-) -> None:
-    """A field at t, with r = 0, on a grid of points, over the density of z_t."""
+def field_panels(axes, u: Network, mixture: Mixture, t: float, config: DrawConfig, draws: torch.Generator) -> None:
+    """v, the true and the trained u at t, with r = 0, on one grid of points over the density of z_t."""
+    limit = config.half_width
 
     def plane(side: int) -> tuple[Tensor, Tensor]:
-        line = torch.linspace(-config.half_width, config.half_width, side, dtype=torch.float64)
+        line = torch.linspace(-limit, limit, side, dtype=torch.float64)
         z = torch.cartesian_prod(line, line)
         return z, mixture.log_density(z, torch.full((len(z),), t))
 
-    limit = config.half_width
     density = plane(PIXELS)[1].exp().view(PIXELS, PIXELS).T.numpy()
     levels = [density.max() * share for share in SHADES]
-    axis.contourf(density, levels, extent=(-limit, limit, -limit, limit), cmap="Greys", vmax=2.5 * density.max())
     times = torch.full((2000,), t)
     likely = mixture.log_density(interpolate(mixture.sample(2000, draws), noise_of(2000, draws), times), times)
     z, log_density = plane(config.arrows)
     z = z[log_density > likely.quantile(RARE)]
     times = torch.full((len(z),), t)
-    arrows(axis, z, field(z, times, torch.zeros_like(times)), colour)
+    fields = (
+        (f"$v(z,\\ t={t:g})$", BLUE, instantaneous(mixture)),
+        (f"true $u(z,\\ r=0,\\ t={t:g})$", GREEN, mixture.average_velocity),
+        (f"trained $u(z,\\ r=0,\\ t={t:g})$", ORANGE, u),
+    )
+    for axis, (title, colour, field) in zip(axes, fields, strict=True):
+        axis.contourf(density, levels, extent=(-limit, limit, -limit, limit), cmap="Greys", vmax=2.5 * density.max())
+        arrows(axis, z, field(z, times, torch.zeros_like(times)), colour)
+        axis.set_title(title, fontsize=10)
 
 
 def conditional_panel(axis, mixture: Mixture, draws: torch.Generator) -> None:
@@ -113,15 +110,15 @@ def conditional_panel(axis, mixture: Mixture, draws: torch.Generator) -> None:
         axis.plot(*zip(start, end, strict=True), color="#9a9a9a", linewidth=0.7, zorder=2)
     axis.scatter(*eps[chosen].T, s=14, color=GREY, zorder=3, label="ε")
     axis.scatter(*x[chosen].T, s=14, color=DATA, zorder=3, label="x")
-    near = {"scale": 3.0, "zorder": 4}
+    near = {"scale": 2.5, "zorder": 4}
     arrows(axis, z.expand(MEETING_PATHS, 2), (eps - x)[chosen], "#7f9fc4", width=0.007, **near)
-    arrows(axis, z, mixture.velocity(z, torch.tensor([t])), BLUE, width=0.014, **near)
+    arrows(axis, z, mixture.velocity(z, torch.tensor([t])), BLUE, width=0.012, **near)
     axis.legend(loc="lower left", fontsize=8, frameon=False, handletextpad=0, borderpad=0.1, ncols=2, columnspacing=0.6)
     axis.set_title("conditional velocities $\\epsilon - x$, and $v$", fontsize=10)
 
 
 def average_panel(axis, mixture: Mixture, draws: torch.Generator) -> None:
-    """Figure 3, leftmost: paths of the flow; where one turns most, v is its tangent and (t − r) u its displacement."""
+    """Figure 3, leftmost: paths of the flow. Where one strays most, v is its tangent, (t − r) u its displacement."""
     noise = noise_of(PATHS, draws)
     one = torch.ones(PATHS)
     paths = [noise]
@@ -133,8 +130,9 @@ def average_panel(axis, mixture: Mixture, draws: torch.Generator) -> None:
     axis.scatter(*paths[0].T, s=7, color=GREY, linewidths=0, zorder=2)
     axis.scatter(*paths[-1].T, s=7, color=DATA, linewidths=0, zorder=2)
     chord, v = noise - paths[-1], mixture.velocity(noise, one)  # chord = (t − r) u, for t = 1 and r = 0
-    turn = 1 - torch.cosine_similarity(chord, v)
-    k = [int(torch.where((chord.norm(dim=1) > LONG) & (v.norm(dim=1) > LONG), turn, -1).argmax())]
+    gone = noise - paths
+    aside = (gone[..., 0] * chord[:, 1] - gone[..., 1] * chord[:, 0]).abs().amax(0) / chord.norm(dim=1)
+    k = [int(torch.where((chord.norm(dim=1) > LONG) & (v.norm(dim=1) > LONG), aside, -1).argmax())]
     axis.plot(*paths[:, k].squeeze(1).T, color="black", linewidth=1.6, zorder=4)
     for name, velocity, colour in (("$v$", v, BLUE), ("$(t-r)\\,u$", chord, GREEN)):
         arrows(axis, noise[k], velocity[k], colour, scale=1.0, width=0.011, zorder=5)
@@ -167,7 +165,7 @@ def sample_panels(axes, u: Network, mixture: Mixture, config: Toy2dConfig, dista
     """What v and the trained u make of the same noise in the least and the most steps, over data."""
     noise = noise_of(config.draw.samples, draws)
     data = mixture.sample(config.draw.samples, draws)
-    v = ("v", "$v$ by Euler", BLUE, lambda z, t, r: mixture.velocity(z, t))
+    v = ("v", "$v$ by Euler", BLUE, instantaneous(mixture))
     few, many = config.measure.steps[0], config.measure.steps[-1]
     trained = ("u", "trained $u$", ORANGE, u)
     for axis, (kind, steps) in zip(axes, [(v, few), (v, many), (trained, few), (trained, many)], strict=True):
