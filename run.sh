@@ -2,7 +2,8 @@
 # One command for everything:
 #   bash run.sh                        list the recipes
 #   bash run.sh NAME [options]         run recipes/NAME.yaml: set up, train (or continue), sample, score, plot;
-#                                      or the rows of recipes/tables/NAME.yaml, set beside the paper's
+#                                      or the rows of recipes/tables/NAME.yaml, set beside the paper's,
+#                                      or what recipes/figures/NAME.yaml draws
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
 #   bash run.sh table1a --scale cpu    a table in small: cpu or gpu;  bash run.sh tables: all of them
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
@@ -20,7 +21,7 @@ list_recipes() {
   echo "bash run.sh NAME [--dry-run] [--set key.path=value ...] [--out DIR]      bash run.sh test"
   echo
   local file
-  for file in recipes/*.yaml recipes/tables/*.yaml; do
+  for file in recipes/*.yaml recipes/tables/*.yaml recipes/figures/*.yaml; do
     printf '  %-16s %s\n' "$(basename "$file" .yaml)" "$(sed -n 's/^description: *"\{0,1\}\([^"]*\)"\{0,1\} *$/\1/p' "$file" | head -n 1)"
   done
 }
@@ -83,6 +84,7 @@ shift
 if [ -f "recipes/$name.yaml" ]; then job=(eval.run "recipes/$name.yaml")
 elif [ -f "recipes/tables/$name.yaml" ]; then job=(eval.table "recipes/tables/$name.yaml")
 elif [ "$name" = tables ]; then job=(eval.table recipes/tables/{table,figure,jvp}*.yaml)
+elif [ -f "recipes/figures/$name.yaml" ]; then job=("eval.$name" "recipes/figures/$name.yaml") NPROC=1  # a core's work
 else list_recipes >&2; echo >&2; die "there is no recipe named '$name'"
 fi
 needed=(requirements.txt)

@@ -237,11 +237,7 @@ class RunConfig:
 
 def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     """The recipe at `path` with `--set` overrides applied. Raises ConfigError."""
-    tree = settings.read_yaml(path)
-    if overrides:
-        tree = settings.apply_overrides(tree, list(overrides))
-    source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
-    return settings.build(RunConfig, tree, "", source)
+    return settings.load(RunConfig, path, overrides)
 
 
 def config_from_tree(tree: Any, source: str) -> RunConfig:
@@ -249,7 +245,7 @@ def config_from_tree(tree: Any, source: str) -> RunConfig:
     return settings.build(RunConfig, tree, "", source)
 
 
-def config_to_yaml(config: RunConfig) -> str:
+def config_to_yaml(config: Any) -> str:
     return yaml.safe_dump(settings.to_tree(config), sort_keys=False, allow_unicode=True, width=110)
 
 

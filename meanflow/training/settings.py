@@ -35,6 +35,15 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load(kind: type, path: Path, overrides: list[str] = ()) -> Any:
+    """The dataclass `kind` from the file at `path`, with `--set` overrides applied. Raises ConfigError."""
+    tree = read_yaml(path)
+    if overrides:
+        tree = apply_overrides(tree, list(overrides))
+    source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
+    return build(kind, tree, "", source)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError in one line if it is missing or not a mapping."""
     try:
