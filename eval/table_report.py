@@ -115,6 +115,7 @@ def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
         _errors(axis, [line.agreement for line in lines], AGREEMENT, 3)
         _dress(axis, "ours: agreement with the class asked for", names, table.config.parameter, log=False)
         axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1.005))
     if paper:
         for k, nfe in enumerate(paper.nfe):
             points = [(i, line.row.paper[k]) for i, line in enumerate(lines) if line.row.paper[k] is not None]
