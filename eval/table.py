@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     tables = load(args)
     if args.dry_run:
-        print(plan([table for table in tables if isinstance(table, Table)], args.tflops))
+        print(plan(tables, args.tflops))
         return 0
     processes = start_processes(args.device)
     try:
@@ -72,12 +72,15 @@ def check(argv: list[str], world: int) -> None:
 
 def load(args: argparse.Namespace) -> list[Table | overhead.Overhead]:
     """Raises ConfigError or UserError before anything runs."""
-    return [
-        overhead.load(path, args.scale, args.set)
-        if overhead.is_one(path)
-        else load_table(path, args.scale, args.rows, args.seeds, args.set)
-        for path in args.tables
-    ]
+    tables = []
+    for path in args.tables:
+        if not overhead.is_one(path):
+            tables.append(load_table(path, args.scale, args.rows, args.seeds, args.set))
+        elif len(args.tables) == 1 and (args.rows or args.seeds):
+            raise UserError(f"{path.stem} is a benchmark: it has no rows or seeds to choose")
+        else:
+            tables.append(overhead.load(path, args.scale, args.set))
+    return tables
 
 
 def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes) -> int:

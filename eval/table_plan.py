@@ -2,6 +2,7 @@
 
 import torch
 
+from eval.overhead import Overhead
 from eval.table_config import Table
 from eval.table_files import aligned
 from meanflow.random import generator
@@ -40,11 +41,16 @@ def run_flops(config: RunConfig, forward: int, scorings: int = 1) -> float:
     return forward * (passes(config) * config.train.batch * config.train.steps + sampling)
 
 
-def plan(tables: list[Table], tflops: float) -> str:
+def plan(tables: list[Table | Overhead], tflops: float) -> str:
     """A line for each run, those that several tables share counted once, and the sum. `tflops`: achieved by a GPU."""
     lines = [["run", "recipe and changes", "parameters", "iterations", "batch", "PFLOP", "GPU-hours"]]
     total, seen, sizes = 0.0, set(), {}
     for table in tables:
+        if isinstance(table, Overhead):
+            lines.append(
+                [f"{table.name} --scale {table.scale}", f"{table.config.description} (a benchmark)", *[""] * 5]
+            )
+            continue
         lines.append([f"{table.name} --scale {table.scale}", table.config.description, "", "", "", "", ""])
         for run in table.runs:
             config, key = run.recipe, (table.scale, run.folder)
