@@ -70,7 +70,7 @@ case "$name" in
   test)
     shift
     set_up requirements.txt requirements-imagenet.txt requirements-dev.txt
-    exec "$python" -m pytest "$@" ;;
+    exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@" ;;
   torture)
     shift
     set_up requirements.txt requirements-dev.txt

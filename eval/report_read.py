@@ -213,10 +213,11 @@ def read_table(path: Path) -> Table:
         raise AssetError(f"{file}: header, rows, notes and runs must be lists of texts, as many in a row as columns")
     if not all(isinstance(text, str) for text in texts.values()) or texts["scale"] not in SCALES:
         raise AssetError(f"{file}: scale must be one of {', '.join(SCALES)}, description and question texts")
-    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise AssetError(f"{file}: runs names {outside[0]}, which is not in this folder")
-    there = [name for name in names if (path / name).is_dir()]
-    runs = tuple(_read_run(RunFolder(path / name), name) for name in there)
+    if outside := [name for name in names if Path(name).name != name]:
+        raise AssetError(f"{file}: runs names {outside[0]}, which is not the name of a folder beside this one")
+    beside = path.resolve().parent
+    there = [name for name in names if (beside / name).is_dir()]
+    runs = tuple(_read_run(RunFolder(beside / name), name) for name in there)
     absent = tuple(name for name in names if name not in there)
     return Table(path, **texts, header=header, rows=rows, notes=notes, runs=runs, absent=absent)
 

@@ -15,12 +15,14 @@ def write_files(
     """Write the three files into `out`, and return the table as text.
 
     `facts`: description, question and scale. `rows`: cells to be read, the header first; `sheet`: the same as numbers
-    to compute with; `runs`: the rows' run folders, relative to `out`. Raises AssetError, naming the file.
+    to compute with; `runs`: the names of the run folders, which lie beside `out`. Raises AssetError, naming the file.
     """
     header, *body = rows
     markdown = [f"| {' | '.join(row)} |" for row in rows]
     markdown.insert(1, f"|{'---|' * len(header)}")
-    page = "\n".join([f"# {facts['description']}", "", *markdown, "", *(f"* {note}" for note in notes), ""])
+    page = "\n".join(
+        [f"# {facts['description']}", "", facts["question"], "", *markdown, "", *(f"* {note}" for note in notes), ""]
+    )
     tree = {**facts, "header": header, "rows": body, "notes": notes, "runs": runs}
     numbers = io.StringIO()
     csv.writer(numbers).writerows(sheet)
@@ -31,7 +33,7 @@ def write_files(
     }
     for name, text in files.items():
         write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
-    return "\n".join([*aligned(rows), "", *notes])
+    return "\n".join([*aligned(rows), "", facts["question"], *notes])
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> list[str]:

@@ -27,7 +27,7 @@ def write_table(table: Table, lines: list[Line], out: Path, cuda: bool) -> str:
     """
     facts = {"description": table.config.description, "question": table.config.question, "scale": table.scale}
     rows = [_header(table, lines), *(_cells(table, line) for line in lines)]
-    runs = [f"../{run.folder}" for run in table.runs]
+    runs = [run.folder for run in table.runs]
     text = write_files(out, facts, rows, notes(table, lines, cuda), _sheet(table, lines), runs)
     with write_errors_named(out):
         (draw_milestones if table.config.milestones else draw_rows)(table, lines, out / "figure.png")

@@ -139,9 +139,10 @@ def table_folder(run, tmp_path) -> Callable[..., Path]:
 
     def write(**changes) -> Path:
         folder = tmp_path / "table1x"
-        run("table1x/low-seed0", ("ratio: 0.75", "ratio: 0.25"))
-        run("table1x/low-seed1", ("ratio: 0.75", "ratio: 0.25"), ("seed: 3", "seed: 4"))
-        run("table1x/high-seed0")
+        folder.mkdir()
+        run("low-seed0", ("ratio: 0.75", "ratio: 0.25"))
+        run("low-seed1", ("ratio: 0.75", "ratio: 0.25"), ("seed: 3", "seed: 4"))
+        run("high-seed0")
         found = {
             "description": "the share of r ≠ t",
             "question": "Which share is best?",
@@ -379,8 +380,8 @@ def test_a_table_without_pictures_or_runs_is_shown_all_the_same(table_folder, tm
         ({"notes": [3]}, "lists of texts"),
         ({"scale": "huge"}, "scale must be one of"),
         ({"question": None}, "scale must be one of"),
-        ({"runs": ["../mine"]}, "not in this folder"),
-        ({"runs": ["/etc"]}, "not in this folder"),
+        ({"runs": ["../mine"]}, "which is not the name"),
+        ({"runs": ["/etc"]}, "which is not the name"),
     ],
 )
 def test_damaged_tables(table_folder, tmp_path, changes, said):

@@ -84,7 +84,7 @@ def test_a_table_runs_its_rows_and_compares_them(table, tmp_path, capsys):
     for said in ("Does it run?", "| 2 |", "128 samples", "seeds 0, 1", "20.15", "Is tiny.", "process-hours", " ± "):
         assert said in text
     tree = json.loads((out / "table" / "table.json").read_text(encoding="utf-8"))
-    assert tree["scale"] == "cpu" and all((out / "table" / run / "config.yaml").exists() for run in tree["runs"])
+    assert tree["scale"] == "cpu" and all((out / run / "config.yaml").exists() for run in tree["runs"])
     assert Image.open(out / "table" / "samples.png").width > 1.5 * Image.open(out / "table" / "samples.png").height
     assert Image.open(out / "table" / "figure.png").width > 600
     assert load_config(out / "two-seed1" / "config.yaml").guidance.omega == 2
