@@ -69,14 +69,11 @@ def _samples(table: Table) -> int:
 
 
 def notes(table: Table, lines: list[Line], cuda: bool) -> list[str]:
-    """What has to be known to read the table: question, protocol, cost, machine, and what the rows say."""
-    config, chosen = table.config, table.settings
+    """What has to be known to read the table: protocol, cost, machine, and what the rows say."""
+    chosen = table.settings
     seeds = sorted({run.seed for run in table.runs})
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
-    said = [
-        config.question,
-        f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {table.base}.",
-    ]
+    said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {table.base}."]
     if chosen.note:
         said.append(chosen.note)
     if lines[0].agreement:
