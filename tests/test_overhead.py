@@ -1,0 +1,77 @@
+"""The JVP's overhead as a table: a benchmark of two kinds of step, set beside the paper's seconds."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+from running import ROOT, guided_latent_changes, write_recipe
+
+from eval import overhead
+from eval.table import main
+from meanflow.errors import ConfigError, UserError
+from meanflow.training import settings
+
+SCALE = {"batch": 4, "repeats": 2}
+TREE = {
+    "kind": "overhead",
+    "description": "tiny overhead",
+    "question": "What does it cost?",
+    "base": "tiny",
+    "paper": {"flow_matching": 0.04, "meanflow": 0.05, "hardware": "a chip"},
+    "full": SCALE,
+    "gpu": SCALE,
+    "cpu": {"batch": 2, "repeats": 2},
+}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "RECIPES", tmp_path)
+    write_recipe(tmp_path / "tiny.yaml", **guided_latent_changes(), times__ratio=0.5)
+
+    def write(**changes):
+        path = tmp_path / "cost.yaml"
+        path.write_text(json.dumps(TREE | changes), encoding="utf-8")  # JSON is YAML, without aliases
+        return path
+
+    return write
+
+
+def test_it_measures_and_quotes_the_paper(table, tmp_path, capsys):
+    assert main([str(table()), "--scale", "cpu", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    out = tmp_path / "out" / "cost"
+    flow_matching, dual, func = csv.DictReader((out / "table.csv").open(encoding="utf-8"))
+    assert flow_matching["of Flow Matching's"].startswith("1.00") and func["paper: s/iteration"] == ""
+    assert dual["paper: s/iteration"] == "0.050" and dual["paper: of Flow Matching's"] == "1.25"
+    assert float(dual["of Flow Matching's"].split()[0]) > 0
+    tree = json.loads((out / "table.json").read_text(encoding="utf-8"))
+    assert tree["runs"] == [] and "batch 2" in tree["notes"][0] and "a chip" in tree["notes"][1]
+    assert Image.open(out / "figure.png").width > 500
+    assert "What does it cost?" in capsys.readouterr().out
+
+
+def test_a_dry_run_measures_nothing(table, tmp_path, capsys):
+    assert main([str(table()), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert "a benchmark" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"base": "nothing"}, "nothing"), ({"cpu": {"batch": 0, "repeats": 1}}, r"cpu\.batch"), ({"rows": []}, "rows")],
+)
+def test_what_cannot_be_measured_is_named(table, changes, word):
+    with pytest.raises(ConfigError, match=word):
+        overhead.load(table(**changes), None, [])
+
+
+@pytest.mark.parametrize("option", ["--rows", "--seeds"])
+def test_it_has_no_rows_or_seeds(table, option):
+    with pytest.raises(UserError, match="no rows or seeds"):
+        main([str(table()), option, "1"])
+
+
+def test_the_one_of_the_house_resolves():
+    path = ROOT / "recipes" / "tables" / "jvp_overhead.yaml"
+    assert overhead.is_one(path) and overhead.load(path, "gpu", []).settings.batch > 1
+    assert settings.read_yaml(path)["paper"]["meanflow"] == 0.052
