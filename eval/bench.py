@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from eval.bench_clock import Spread, cpu_has_bf16
-from eval.bench_rows import ROWS, Plan, Report, Row, measure
-from eval.bench_steps import SEPARATE
+from eval.benchmark.clock import Spread, cpu_has_bf16
+from eval.benchmark.rows import ROWS, Plan, Report, Row, measure
+from eval.benchmark.steps import SEPARATE
 from meanflow.errors import UserError, run_main, write_errors_named
 from meanflow.tangent import JVPS
 from meanflow.training.config import COMPILE_MODES, PRECISIONS, load_config

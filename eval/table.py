@@ -8,13 +8,13 @@ import argparse
 import warnings
 from pathlib import Path
 
-from eval import overhead
 from eval.processes import on_main
 from eval.run import job
-from eval.table_config import SCALES, Run, Table, load_table
-from eval.table_plan import TFLOPS, plan
-from eval.table_report import write_table
-from eval.table_results import Line, Result, measure
+from eval.tables import overhead
+from eval.tables.config import SCALES, Run, Table, load_table
+from eval.tables.plan import TFLOPS, plan
+from eval.tables.results import Line, Result, measure
+from eval.tables.write import write_table
 from meanflow.errors import UserError, run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from eval.files import write_json
-from eval.mixture import Mixture, instantaneous
-from eval.toy2d_plot import draw
-from eval.toy2d_train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
+from eval.toy.mixture import Mixture, instantaneous
+from eval.toy.plot import draw
+from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from meanflow.errors import NumericsError, run_main, write_errors_named
 from meanflow.objective import interpolate
 from meanflow.random import generator

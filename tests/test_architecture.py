@@ -16,6 +16,16 @@ ALLOWED = {
     "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.progress"},
     "meanflow.training": {"meanflow", "unet", "dit"},
     "eval": {"meanflow", "unet", "dit"},
+    "eval.tables": {"meanflow", "eval"},
+    "eval.reports": {"meanflow", "eval"},
+    "eval.benchmark": {"meanflow", "eval"},
+    "eval.toy": {"meanflow", "eval"},
+}
+PART_OF = {
+    "eval.tables": "eval.table",
+    "eval.reports": "eval.report",
+    "eval.benchmark": "eval.bench",
+    "eval.toy": "eval.toy2d",
 }
 SOURCES = sorted(path for package in PACKAGES if package != "tests" for path in (ROOT / package).rglob("*.py"))
 
@@ -60,6 +70,12 @@ def test_imports_follow_the_arrows(path):
             continue
         allowed = {package, *ALLOWED[package]}
         assert any(within(name, other) for other in allowed), f"{package} → {name}"
+
+
+@pytest.mark.parametrize(("package", "command"), PART_OF.items())
+def test_the_parts_of_a_command_do_not_know_it(package, command):
+    for path in (ROOT / package.replace(".", "/")).glob("*.py"):
+        assert not any(within(name, command) for name in imports_of(path)), path
 
 
 def test_the_core_modules_are_those_listed():

@@ -8,10 +8,11 @@ import torch
 from running import guided_latent_changes, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval import bench, bench_rows
-from eval.bench_clock import Spread, ratio, take_turns
-from eval.bench_rows import Row
-from eval.bench_steps import FLOW_MATCHING, PLAIN, SEPARATE, Setting, Step, peak_memory
+from eval import bench
+from eval.benchmark import rows as bench_rows
+from eval.benchmark.clock import Spread, ratio, take_turns
+from eval.benchmark.rows import Row
+from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, Setting, Step, peak_memory
 from meanflow.errors import UserError
 from meanflow.training.batches import BatchStream
 from meanflow.training.distributed import GradientSum, Processes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from eval.table_config import Run, load_table
+from eval.tables.config import Run, load_table
 from meanflow.errors import ConfigError
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, config_from_tree, load_config

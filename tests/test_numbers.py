@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from running import guided_latent_changes, tiny_config
 
-from eval.bench_steps import plain_loss, plain_tangent, separate_tangent
+from eval.benchmark.steps import plain_loss, plain_tangent, separate_tangent
 from meanflow.tangent import JVPS
 from meanflow.training.estimate import random_batch
 from meanflow.training.network import build_network

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from running import ROOT, guided_latent_changes, write_recipe
 
-from eval import overhead
 from eval.table import main
+from eval.tables import overhead
 from meanflow.errors import ConfigError, UserError
 from meanflow.training import settings
 

@@ -15,9 +15,9 @@ from running import ROOT, one_line
 
 from eval import report as module
 from eval.report import main
-from eval.report_html import Html, join, table, tag
-from eval.report_read import differences, one_seed_each, read_runs
-from eval.report_sections import duration, number
+from eval.reports.html import Html, join, table, tag
+from eval.reports.read import differences, one_seed_each, read_runs
+from eval.reports.sections import duration, number
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
 from meanflow.training.run_folder import RunFolder
 
@@ -485,4 +485,4 @@ def test_numbers_keep_what_tells():
 
 
 def test_the_style_sheet_is_small():
-    assert (ROOT / "eval" / "report.css").stat().st_size < 10_000
+    assert (ROOT / "eval" / "reports" / "report.css").stat().st_size < 10_000

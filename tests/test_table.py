@@ -13,12 +13,12 @@ from PIL import Image
 from running import ROOT, guided_latent_changes, tiny_config, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import table_config
 from eval.run import main as run_main_of_recipe
 from eval.table import main
-from eval.table_config import PaperConfig, RowConfig, Table, load_table
-from eval.table_plan import passes
-from eval.table_results import Line, Mean, Result, against_paper
+from eval.tables import config as table_config
+from eval.tables.config import PaperConfig, RowConfig, Table, load_table
+from eval.tables.plan import passes
+from eval.tables.results import Line, Mean, Result, against_paper
 from meanflow.errors import ConfigError, UserError
 from meanflow.training.config import load_config
 from meanflow.training.distributed import GradientSum, Processes

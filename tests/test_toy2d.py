@@ -10,9 +10,9 @@ from gaussian import Gaussian
 from PIL import Image
 from running import ROOT
 
-from eval.mixture import Mixture
+from eval.toy.mixture import Mixture
+from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from eval.toy2d import errors, in_float64, main, sliced_wasserstein
-from eval.toy2d_train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from meanflow.errors import NumericsError
 from meanflow.objective import TANGENTS, meanflow_loss
 from meanflow.random import generator

@@ -2,9 +2,9 @@
 
 import torch
 
-from eval.overhead import Overhead
-from eval.table_config import Table
-from eval.table_files import aligned
+from eval.tables.config import Table
+from eval.tables.files import aligned
+from eval.tables.overhead import Overhead
 from meanflow.random import generator
 from meanflow.times import sample_times
 from meanflow.training.config import RunConfig

@@ -10,12 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from eval.bench_clock import ratio
-from eval.bench_rows import Plan, Report, measure
-from eval.bench_steps import FLOW_MATCHING
+from eval.benchmark.clock import ratio
+from eval.benchmark.rows import Plan, Report, measure
+from eval.benchmark.steps import FLOW_MATCHING
 from eval.plot import COLOURS
-from eval.table_config import RECIPES, SCALES
-from eval.table_files import write_files
+from eval.tables.config import RECIPES, SCALES
+from eval.tables.files import write_files
 from meanflow.errors import ConfigError, UserError, write_errors_named
 from meanflow.training import settings
 from meanflow.training.config import load_config

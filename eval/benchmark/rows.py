@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from eval.bench_clock import Spread, cpu_has_bf16, matrix_rate, ratio, take_turns
-from eval.bench_steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
+from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_rate, ratio, take_turns
+from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
 from eval.generate import WEIGHTS, Model, generate, to_uint8
 from eval.latents_throughput import write_random_latents
 from meanflow.data import Dataset, Latents, LatentsConfig

@@ -7,7 +7,7 @@ from meanflow.errors import ConfigError, UserError
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, load_config
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SCALES = ("full", "gpu", "cpu")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from eval.mixture import Mixture
+from eval.toy.mixture import Mixture
 from meanflow.errors import NumericsError
 from meanflow.objective import LossConfig, interpolate, meanflow_loss
 from meanflow.progress import progress_bar

@@ -11,7 +11,7 @@ from eval.files import read_json, write_json
 from eval.generate import load_model
 from eval.processes import on_main
 from eval.score import score_run
-from eval.table_config import RowConfig, Run, Table
+from eval.tables.config import RowConfig, Run, Table
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.distributed import Processes
 from meanflow.training.metrics import read_metrics

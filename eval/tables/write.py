@@ -12,9 +12,9 @@ from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from eval.plot import COLOURS, LOG_FROM, MARKERS
-from eval.table_config import Table
-from eval.table_files import write_files
-from eval.table_results import AGREEMENT, Line, against_paper
+from eval.tables.config import Table
+from eval.tables.files import write_files
+from eval.tables.results import AGREEMENT, Line, against_paper
 from meanflow.errors import write_errors_named
 
 GRID_INCHES = 3.2

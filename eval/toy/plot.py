@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from eval.mixture import Mixture, instantaneous
 from eval.plot import COLOURS
-from eval.toy2d_train import DrawConfig, Toy2dConfig
+from eval.toy.mixture import Mixture, instantaneous
+from eval.toy.train import DrawConfig, Toy2dConfig
 from meanflow.errors import write_errors_named
 from meanflow.objective import interpolate
 from meanflow.random import generator

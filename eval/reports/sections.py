@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from eval.report_figures import Grids
-from eval.report_html import NONE, Html, figure, folded, image, join, table, tag
-from eval.report_read import Run, Score, differences
+from eval.reports.figures import Grids
+from eval.reports.html import NONE, Html, figure, folded, image, join, table, tag
+from eval.reports.read import Run, Score, differences
 
 MANY = 30  # rows of a table that the page shows at once
 

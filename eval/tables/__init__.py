@@ -1,0 +1,1 @@
+"""The paper's tables as data: runs of recipes that differ in a few settings, set beside the paper's figures."""
