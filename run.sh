@@ -5,7 +5,7 @@
 #                                      or the rows of recipes/tables/NAME.yaml, set beside the paper's,
 #                                      or what recipes/figures/NAME.yaml draws
 #   bash run.sh NAME --dry-run         print its settings, size and speed, and stop
-#   bash run.sh table1a --scale cpu    a table in small: cpu or gpu;  bash run.sh tables: all of them
+#   bash run.sh table1a --scale cpu    a table in small: cpu or gpu;  bash run.sh tables: all of the paper's
 #   bash run.sh NAME --set KEY=VALUE   override a setting (repeat as needed); --out DIR: another run folder
 #   bash run.sh test [pytest options]  run the tests;  bash run.sh lint: style
 #   bash run.sh torture [NAME ...]     break runs on purpose, for half an hour, and print a table (docs/reliability.md)
@@ -19,10 +19,13 @@ die() { echo "error: $1" >&2; exit "${2:-2}"; }
 
 list_recipes() {
   echo "bash run.sh NAME [--dry-run] [--set key.path=value ...] [--out DIR]      bash run.sh test"
-  echo
-  local file
-  for file in recipes/*.yaml recipes/tables/*.yaml recipes/figures/*.yaml; do
-    printf '  %-16s %s\n' "$(basename "$file" .yaml)" "$(sed -n 's/^description: *"\{0,1\}\([^"]*\)"\{0,1\} *$/\1/p' "$file" | head -n 1)"
+  local file kind
+  for kind in "runs:recipes" "tables, also [--scale cpu|gpu] [--rows 1,2] [--seeds 0,1]:recipes/tables" "figures:recipes/figures"; do
+    printf '\n%s\n' "${kind%:*}"
+    for file in "${kind##*:}"/*.yaml; do
+      printf '  %-16s %s\n' "$(basename "$file" .yaml)" "$(sed -n 's/^description: *"\{0,1\}\([^"]*\)"\{0,1\} *$/\1/p' "$file" | head -n 1)"
+    done
+    if [ "${kind##*:}" = recipes/tables ]; then printf '  %-16s %s\n' tables "all of the paper's, one after the other"; fi
   done
 }
 
@@ -82,13 +85,14 @@ case "$name" in
 esac
 shift
 if [ -f "recipes/$name.yaml" ]; then job=(eval.run "recipes/$name.yaml")
+elif [ "$name" = jvp_overhead ]; then job=(eval.table "recipes/tables/$name.yaml") NPROC=1  # timed alone
 elif [ -f "recipes/tables/$name.yaml" ]; then job=(eval.table "recipes/tables/$name.yaml")
 elif [ "$name" = tables ]; then job=(eval.table recipes/tables/{table,figure,jvp}*.yaml)
 elif [ -f "recipes/figures/$name.yaml" ]; then job=("eval.$name" "recipes/figures/$name.yaml") NPROC=1  # a core's work
 else list_recipes >&2; echo >&2; die "there is no recipe named '$name'"
 fi
 needed=(requirements.txt)
-if grep -qE '^ *vae: *[^ ]*/|^ +base: .?imagenet_' "${job[@]:1}" && [[ " $* " != *" --scale "[cg]pu* ]]; then
+if grep -qE '^ *vae: *[^ ]*/|^ +base: .?imagenet_' "${job[@]:1}" && [[ " $* " != *" --scale"[\ =][cg]pu* ]]; then
   needed+=(requirements-imagenet.txt)  # it decodes with a VAE
 fi
 set_up "${needed[@]}"

@@ -18,6 +18,7 @@ import torch
 from eval.benchmark.clock import Spread, cpu_has_bf16
 from eval.benchmark.rows import ROWS, Plan, Report, Row, measure
 from eval.benchmark.steps import SEPARATE
+from eval.tables.files import aligned
 from meanflow.errors import UserError, run_main, write_errors_named
 from meanflow.tangent import JVPS
 from meanflow.training.config import COMPILE_MODES, PRECISIONS, load_config
@@ -105,7 +106,7 @@ def table(report: Report) -> str:
         steps.append((step.name, *_cells(step.seconds, "{:.3g}"), f"{step.images_per_s:.3g}", memory, *rate))
     rows = [("figure", "measured", "", "reach", "state")]
     rows += [(row.name, *_row_cells(row), row.state) for row in report.rows]
-    return "\n".join([head, *_aligned(steps), "", *_aligned(rows)])
+    return "\n".join([head, *aligned(steps, left=len(steps[0])), "", *aligned(rows, left=len(rows[0]))])
 
 
 def _cells(spread: Spread, form: str) -> tuple[str, str]:
@@ -116,11 +117,6 @@ def _row_cells(row: Row) -> tuple[str, str, str]:
     form = "{:.1%}" if row.name.startswith("share") else "{:.2f}"
     reach = "" if row.reach is None else f"{'≤' if row.at_most else '≥'} {form.format(row.reach)}"
     return (*(("", "") if row.figure is None else _cells(row.figure, form)), reach)
-
-
-def _aligned(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 if __name__ == "__main__":

@@ -154,10 +154,15 @@ def _dress(axis, title: str, x: str, unit: str, log: bool) -> None:
     axis.set_xlabel({"step": "step", "images": "images seen", "seconds": "seconds of training"}[x], fontsize=8)
     axis.set_ylabel(unit, fontsize=8)
     axis.tick_params(which="both", labelsize=8)
+    plain(axis, log)
+
+
+def plain(axis, log: bool) -> None:
+    """The look of all panels: a pale grid, no box; on a log axis 40, 60, 100 rather than powers of ten."""
     if log:
         axis.set_yscale("log")
         for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(LogFormatter(minor_thresholds=(1.5, 0.5)))  # 40, 60, 100 rather than powers of ten
+            which(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axis.grid(alpha=0.25, which="both" if log else "major", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -15,7 +15,7 @@ from eval.files import write_atomically
 from eval.reports import sections
 from eval.reports.figures import curves, has_checkpoint, read_picture, sample_grids
 from eval.reports.html import Html, figure, folded, image, join, page, section, table, tag
-from eval.reports.read import TABLE, Run, Table, one_seed_each, read_runs, read_table
+from eval.reports.read import TABLE, RunRecord, TableRecord, one_seed_each, read_runs, read_table
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.progress import progress_bar
 from meanflow.training.run_folder import RunFolder
@@ -106,7 +106,7 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(["python", "-m", "eval.report", *words])
 
 
-def _part_of_runs(runs: tuple[Run, ...], sampling: Sampling | None, command: str) -> Part:
+def _part_of_runs(runs: tuple[RunRecord, ...], sampling: Sampling | None, command: str) -> Part:
     if len(runs) == 1:
         title = runs[0].name
         description = runs[0].settings.get("description")
@@ -127,13 +127,14 @@ def _part_of_runs(runs: tuple[Run, ...], sampling: Sampling | None, command: str
     )
 
 
-def _part_of_table(found: Table, command: str) -> Part:
+def _part_of_table(found: TableRecord, command: str) -> Part:
     """A table has its pictures already, so no grid is made here; curves of every seed would hide each other."""
     one_each = one_seed_each(found.runs)
     notes = tag("ul", *(tag("li", note) for note in found.notes), class_="note") if found.notes else None
     scale = f"Scale: {found.scale}."
     content = {"Table": join(table(found.header, found.rows), notes)}
-    for name, title, class_ in (("figure.png", "Figure", "ink"), ("samples.png", "Samples", "photo")):
+    pictures = [("figure.png", "Figure", "ink"), ("samples.png", "Samples", "photo")]
+    for name, title, class_ in pictures if found.runs or found.absent else pictures[:1]:  # a benchmark has no samples
         png = read_picture(found.path / name)
         caption = f"{found.path / name}, as the table left it."
         content[title] = (
@@ -150,13 +151,13 @@ def _part_of_table(found: Table, command: str) -> Part:
             "Scores": folded("every score", sections.scores(found.runs)),
             **_records(found.runs, command),
         }
-    else:
-        content["Runs"] = absent or sections.missing("The table names no runs.")
+    elif absent:
+        content["Runs"] = absent
     lead = join(tag("p", found.description, class_="lead"), tag("p", found.question, class_="verdict"), tag("p", scale))
     return Part(found.path.resolve().name, lead, content)
 
 
-def _records(runs: tuple[Run, ...], command: str) -> dict[str, Html]:
+def _records(runs: tuple[RunRecord, ...], command: str) -> dict[str, Html]:
     failed = sections.failures(runs)
     return {
         **({"Failures": failed} if failed else {}),
@@ -166,7 +167,7 @@ def _records(runs: tuple[Run, ...], command: str) -> dict[str, Html]:
     }
 
 
-def _samples(runs: tuple[Run, ...], sampling: Sampling | None) -> Html:
+def _samples(runs: tuple[RunRecord, ...], sampling: Sampling | None) -> Html:
     if sampling is None:
         return join(*(_left_samples(run, "No grids were made (--no-samples)") for run in runs))
     ready = [run for run in runs if has_checkpoint(run.folder)]
@@ -182,7 +183,7 @@ def _samples(runs: tuple[Run, ...], sampling: Sampling | None) -> Html:
     return join(made, *(_left_samples(run, "No checkpoint yet") for run in runs if run not in grids))
 
 
-def _left_samples(run: Run, why: str) -> Html:
+def _left_samples(run: RunRecord, why: str) -> Html:
     """The grid that the run itself left, if it did."""
     png = read_picture(run.folder.path / "samples.png")
     if png is None:

@@ -15,6 +15,7 @@ from eval.sample import captions, class_labels, write
 from eval.score import ScoreDuring, floor, preflight, score_run
 from meanflow.errors import run_main
 from meanflow.training.batches import split_batch
+from meanflow.training.checkpoint import list_checkpoints
 from meanflow.training.config import RunConfig, config_to_yaml, load_config
 from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
 from meanflow.training.estimate import estimate
@@ -67,7 +68,10 @@ def job(config: RunConfig, run: RunFolder, processes: Processes) -> int:
     try:
         if processes.is_main:
             changed = run.open_for(config)
-            run.note_start(processes=processes.world, changed={key: list(pair) for key, pair in changed.items()})
+            differing = {key: list(pair) for key, pair in changed.items()}
+            saved = list_checkpoints(run.checkpoints)
+            begin = int(saved[-1].stem) if saved else 0
+            run.note_start(processes=processes.world, step=begin, changed=differing)
             _warn(config, processes)
         code = train(config, run, processes, say, ScoreDuring(say))
         if code:

@@ -5,23 +5,26 @@ tables share is one run. `run.sh NAME` calls it.
 """
 
 import argparse
+import os
 import warnings
 from pathlib import Path
 
 from eval.processes import on_main
 from eval.run import job
 from eval.tables import overhead
-from eval.tables.config import SCALES, Run, Table, load_table
+from eval.tables.config import SCALES, RowConfig, Run, Table, load_table
 from eval.tables.plan import TFLOPS, plan
 from eval.tables.results import Line, Result, measure
 from eval.tables.write import write_table
-from meanflow.errors import UserError, run_main
+from meanflow.errors import EXIT_NUMERICS, NumericsError, UserError, run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.config import load_config
 from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
-from meanflow.training.run_folder import RunFolder
+from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.signals import warned_by_usr1
+
+FILES = {"table": "table.md", "numbers": "table.csv", "figure": "figure.png", "samples": "samples.png"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,16 +33,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale", choices=SCALES, help="full: the paper's; gpu: one card; cpu: two cores, digits (full)"
     )
-    parser.add_argument("--rows", help="only these, by number or folder: 1,3 or r0,default")
+    parser.add_argument("--rows", help="only these, by number or folder (1,3 or r0,default); the table has no others")
     parser.add_argument("--seeds", help="instead of the scale's own: 0,1,2")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override in every row")
     parser.add_argument("--out", type=Path, help="folder for run folders and tables (runs/tables-SCALE)")
     parser.add_argument("--dry-run", action="store_true", help="print each run's changes, size and cost, and stop")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"of a GPU, for --dry-run ({TFLOPS:g})")
+    parser.add_argument("--tflops", type=float, help=f"of a GPU, for --dry-run ({TFLOPS:g})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     args = parser.parse_args(argv)
-    if not 0 < args.tflops < float("inf"):
-        raise UserError(f"--tflops must be > 0, got {args.tflops}")
+    if args.tflops is not None and not (args.dry_run and 0 < args.tflops < float("inf")):
+        raise UserError(f"--tflops {args.tflops} must be > 0 and belongs to --dry-run")
     if args.rows and len(args.tables) > 1:
         raise UserError("--rows belongs to one table")
     return args
@@ -49,18 +52,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     tables = load(args)
     if args.dry_run:
-        print(plan(tables, args.tflops))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan(tables, args.tflops or TFLOPS))
         return 0
     processes = start_processes(args.device)
     try:
         with warned_by_usr1(), lost_peers_named(processes):
+            codes = [0]
             for table in tables:
                 out = args.out or Path("runs") / f"tables-{table.scale}"
-                if code := run_table(table, out, processes):
-                    return code
+                codes.append(run_table(table, out, processes))
+                if codes[-1] not in (0, EXIT_NUMERICS):
+                    return codes[-1]
     finally:
         stop_processes()
-    return 0
+    return max(codes)
 
 
 def check(argv: list[str], world: int) -> None:
@@ -84,7 +90,7 @@ def load(args: argparse.Namespace) -> list[Table | overhead.Overhead]:
 
 
 def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes) -> int:
-    """Run what is missing and write the table; the exit code, not 0 where a signal stopped it."""
+    """Run what is missing and write the table; the exit code, not 0 where a signal stopped it or a row diverged."""
     say = print if processes.is_main else (lambda line: None)
     if isinstance(table, overhead.Overhead):
         if processes.is_main:
@@ -92,31 +98,38 @@ def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes)
             say(f"\ntable     {out / table.name / 'table.md'}")
         processes.barrier()
         return 0
-    results: dict[str, list[Result]] = {}
+    results: dict[RowConfig, list[Result]] = {}
+    diverged: list[Run] = []
     for number, run in enumerate(table.runs, 1):
         say(f"\n{table.name}: {run.row.name}, seed {run.seed} ({number} of {len(table.runs)})")
         folder = RunFolder(out / run.folder)
-        if on_main(processes, lambda run=run, folder=folder: is_done(run, folder)):
-            say(f"done: {folder.path}")
-        elif code := job(run.recipe, folder, processes):
-            return code
-        results.setdefault(run.row.folder, []).append(measure(table, run, folder, processes))
-    if processes.is_main:
-        lines = [Line(row, tuple(results[row.folder])) for row in table.rows]
+        try:
+            if on_main(processes, lambda run=run, folder=folder: is_done(run, folder)):
+                say(f"done: {folder.path}")
+            elif code := job(run.recipe, folder, processes):
+                return code
+            results.setdefault(run.row, []).append(measure(table, run, folder, processes))
+        except NumericsError as error:  # a bad setting may be the very point of a row
+            say(f"no figures of {folder.path}: {error}")
+            diverged.append(run)
+    if processes.is_main and results:
+        lines = [Line(row, tuple(found)) for row, found in results.items()]
         where = out / table.name
-        say(f"\n{write_table(table, lines, where, processes.device.type == 'cuda')}")
+        say(f"\n{write_table(table, lines, diverged, where, processes.device.type == 'cuda')}")
         say("\n" + "\n".join(f"{name:8}  {where / file}" for name, file in FILES.items()))
-    return 0
+    return EXIT_NUMERICS if diverged else 0
 
 
 def is_done(run: Run, folder: RunFolder) -> bool:
-    """Whether this very run has come to its end, pictures included."""
-    checkpoint = checkpoint_path(folder.checkpoints, run.recipe.train.steps)
-    made = (folder.config_file, checkpoint.with_suffix(".json"), folder.path / "samples.png", folder.curves)
-    return all(file.exists() for file in made) and load_config(folder.config_file) == run.recipe
+    """Whether this very run has come to its end: its last checkpoint is whole, and its pictures are younger."""
+    last = checkpoint_path(folder.checkpoints, run.recipe.train.steps)
+    pictures = (folder.path / "samples.png", folder.curves)
+    if not all(file.exists() for file in (folder.config_file, last, *pictures)):
+        return False
+    if any(picture.stat().st_mtime < last.stat().st_mtime for picture in pictures):
+        return False
+    return load_config(folder.config_file) == run.recipe and find_checkpoint(folder.path)[0] == last
 
-
-FILES = {"table": "table.md", "numbers": "table.csv", "figure": "figure.png", "samples": "samples.png"}
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

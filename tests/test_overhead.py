@@ -65,6 +65,12 @@ def test_what_cannot_be_measured_is_named(table, changes, word):
         overhead.load(table(**changes), None, [])
 
 
+@pytest.mark.parametrize("change", ["train.batch=3", "loss.jvp=func"])
+def test_what_it_sets_itself_is_refused(table, change):
+    with pytest.raises(UserError, match="itself"):
+        overhead.load(table(), None, [change])
+
+
 @pytest.mark.parametrize("option", ["--rows", "--seeds"])
 def test_it_has_no_rows_or_seeds(table, option):
     with pytest.raises(UserError, match="no rows or seeds"):

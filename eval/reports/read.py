@@ -9,13 +9,13 @@ from eval.extractors import INCEPTION
 from eval.files import read_json
 from eval.plot import run_names
 from eval.protocol import FULL_N
+from eval.tables.config import SCALES
 from meanflow.errors import AssetError
 from meanflow.training import settings
 from meanflow.training.metrics import read_metrics
-from meanflow.training.run_folder import RunFolder
+from meanflow.training.run_folder import RunFolder, starts
 
 TABLE = "table.json"
-SCALES = ("cpu", "gpu", "full")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Failure:
 
 
 @dataclass(frozen=True, eq=False)  # each is itself, and can be a key
-class Run:
+class RunRecord:
     """A run folder as it stands. `settings` are those of `yaml`, config.yaml's text, as {dotted key: value}."""
 
     folder: RunFolder
@@ -87,7 +87,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableRecord:
     """A table's folder: table.json, its pictures, and the runs of its rows."""
 
     path: Path
@@ -97,16 +97,16 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     notes: list[str]
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
     absent: tuple[str, ...]  # runs that are named but not there
 
 
-def read_runs(folders: list[RunFolder]) -> tuple[Run, ...]:
+def read_runs(folders: list[RunFolder]) -> tuple[RunRecord, ...]:
     """Raises AssetError or ConfigError, naming the file, for what is no run folder, has no steps yet or is damaged."""
     return tuple(_read_run(folder, name) for folder, name in run_names(folders).items())
 
 
-def _read_run(folder: RunFolder, name: str) -> Run:
+def _read_run(folder: RunFolder, name: str) -> RunRecord:
     if not folder.config_file.exists():
         raise AssetError(f"{folder.path}: is no run folder, it has no config.yaml")
     tree = settings.read_yaml(folder.config_file)
@@ -115,14 +115,14 @@ def _read_run(folder: RunFolder, name: str) -> Run:
         raise AssetError(f"{folder.path}: has no steps in metrics.jsonl yet, so there is nothing to report")
     results = [(path, read_json(path)) for path in sorted(folder.eval.glob("*.json"))]
     scores = [score for path, result in results for score in _scores(path, result)]
-    return Run(
+    return RunRecord(
         folder,
         name,
         folder.config_file.read_text(encoding="utf-8"),
         settings.flatten(tree),
         lines[-1],
         tuple(scores),
-        _read_starts(folder.starts_file),
+        tuple(starts(folder)),
         tuple(_read_failure(path) for path in sorted(folder.failures.glob("*.json"))),
         next(
             (str(result["circumstances"]["command"]) for _, result in reversed(results) if "step" in result["subject"]),
@@ -174,31 +174,7 @@ def _read_failure(path: Path) -> Failure:
         raise AssetError(f"{path}: is not a failure that a run recorded ({error!r}); move it away") from error
 
 
-def _read_starts(path: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of starts.jsonl; a torn last one (a crash while writing) is left out."""
-    if not path.exists():
-        return ()
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [_start(text) for text in texts]
-    if None in lines[:-1]:
-        raise AssetError(f"{path}: line {lines.index(None) + 1} is damaged; remove it")
-    return tuple(line for line in lines if line is not None)
-
-
-def _start(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and _are_changes(line.get("changed", {})) else None
-
-
-def _are_changes(changed: Any) -> bool:
-    """{dotted key: [old value, new value]}?"""
-    return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
-
-
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> TableRecord:
     """Raises AssetError, naming the file, if table.json or a run that it names is damaged."""
     file = path / TABLE
     found = read_json(file)
@@ -219,19 +195,19 @@ def read_table(path: Path) -> Table:
     there = [name for name in names if (beside / name).is_dir()]
     runs = tuple(_read_run(RunFolder(beside / name), name) for name in there)
     absent = tuple(name for name in names if name not in there)
-    return Table(path, **texts, header=header, rows=rows, notes=notes, runs=runs, absent=absent)
+    return TableRecord(path, **texts, header=header, rows=rows, notes=notes, runs=runs, absent=absent)
 
 
-def one_seed_each(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+def one_seed_each(runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:
     """The first of those runs that differ in nothing but the seed."""
-    first: dict[str, Run] = {}
+    first: dict[str, RunRecord] = {}
     for run in runs:
         alike = {key: value for key, value in run.settings.items() if key != "seed"}
         first.setdefault(json.dumps(alike, sort_keys=True, default=str), run)
     return tuple(first.values())
 
 
-def differences(runs: tuple[Run, ...]) -> list[str]:
+def differences(runs: tuple[RunRecord, ...]) -> list[str]:
     """The dotted keys of the settings that are not the same in all runs."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]

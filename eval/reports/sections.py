@@ -5,12 +5,12 @@ from typing import Any
 
 from eval.reports.figures import Grids
 from eval.reports.html import NONE, Html, figure, folded, image, join, table, tag
-from eval.reports.read import Run, Score, differences
+from eval.reports.read import RunRecord, Score, differences
 
 MANY = 30  # rows of a table that the page shows at once
 
 
-def verdict(run: Run) -> Html:
+def verdict(run: RunRecord) -> Html:
     """The run in a sentence: how far it is, what it took, on what."""
     state = "Finished" if run.finished else "Unfinished"
     return tag(
@@ -21,7 +21,7 @@ def verdict(run: Run) -> Html:
     )
 
 
-def progress(run: Run) -> str:
+def progress(run: RunRecord) -> str:
     return f"step {run.last['step']:,}" + (f" of {run.steps:,}" if run.steps is not None else "")
 
 
@@ -34,7 +34,7 @@ def duration(seconds: Any) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def hardware(run: Run) -> str:
+def hardware(run: RunRecord) -> str:
     if not run.starts:
         return "hardware that was not recorded"
     last = run.starts[-1]
@@ -42,7 +42,7 @@ def hardware(run: Run) -> str:
     return f"{last.get('device', 'an unknown device')}, {processes} process{'' if processes == 1 else 'es'}"
 
 
-def cards(run: Run) -> Html:
+def cards(run: RunRecord) -> Html:
     """The best distance at each NFE, large."""
     best = run.best()
     if not best:
@@ -71,7 +71,7 @@ def missing(text: str) -> Html:
     return tag("p", text, class_="missing")
 
 
-def summary(runs: tuple[Run, ...]) -> Html:
+def summary(runs: tuple[RunRecord, ...]) -> Html:
     """A row for each run: how far, how good, how long, on what."""
     keys = sorted({(score.metric, score.nfe, score.n) for run in runs for score in run.best()})
     found = {run: {key: score.value for key in keys if (score := run.least(*key))} for run in runs}
@@ -102,7 +102,7 @@ def number(value: float | None) -> str:
     return f"{value:,.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
-def scores(runs: tuple[Run, ...]) -> Html:
+def scores(runs: tuple[RunRecord, ...]) -> Html:
     """Everything in eval/*.json, newest first."""
     rows = [
         [*([run.name] if len(runs) > 1 else []), *_score_cells(score)]
@@ -124,7 +124,7 @@ def _score_cells(score: Score) -> list[object]:
     return [score.metric, value, *how, f"no: {score.why}" if score.why else "yes"]
 
 
-def differing(runs: tuple[Run, ...]) -> Html:
+def differing(runs: tuple[RunRecord, ...]) -> Html:
     """Only the settings that are not the same in all runs, side by side; the longer side runs down the page."""
     keys = differences(runs)
     if not keys:
@@ -141,7 +141,7 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def samples(grids: dict[Run, Grids], steps: list[int], count: int) -> Html:
+def samples(grids: dict[RunRecord, Grids], steps: list[int], count: int) -> Html:
     """Grids in rows: of one run a row for each of its averages, of several a row for each run."""
     several = len(grids) > 1
     rows = []
@@ -163,7 +163,7 @@ def _cell(png: bytes | None, alt: str) -> Html:
     return tag("td", "not finite" if png is None else image(png, alt, "pixels"))
 
 
-def _samples_caption(grids: dict[Run, Grids], count: int) -> Html:
+def _samples_caption(grids: dict[RunRecord, Grids], count: int) -> Html:
     (run, found), *others = grids.items()
     of_step = "" if others else f" of step {found.step:,}"
     classes = f" Each row shows a class: {', '.join(found.classes)}." if found.classes else ""
@@ -174,7 +174,7 @@ def _samples_caption(grids: dict[Run, Grids], count: int) -> Html:
     )
 
 
-def curves(png: bytes, runs: tuple[Run, ...]) -> Html:
+def curves(png: bytes, runs: tuple[RunRecord, ...]) -> Html:
     folders = " ".join(str(run.folder.path) for run in runs)
     caption = join(
         "Every step is in it (pale), with its running mean (dark). ", tag("code", f"python -m eval.plot {folders}")
@@ -182,7 +182,7 @@ def curves(png: bytes, runs: tuple[Run, ...]) -> Html:
     return figure(image(png, f"training curves of {', '.join(run.name for run in runs)}", "ink wide"), caption)
 
 
-def starts(runs: tuple[Run, ...]) -> Html:
+def starts(runs: tuple[RunRecord, ...]) -> Html:
     """When, with what versions and on what the runs were started, and which settings changed on the way."""
     several = [run.name for run in runs if len(runs) > 1]
     facts = ("device", "cores", "processes", "torch", "torchvision", "python")
@@ -204,7 +204,7 @@ def _changes(changed: dict[str, list[Any]]) -> str:
     return "; ".join(f"{key}: {setting(old)} → {setting(new)}" for key, (old, new) in changed.items()) or NONE
 
 
-def failures(runs: tuple[Run, ...]) -> Html | None:
+def failures(runs: tuple[RunRecord, ...]) -> Html | None:
     """Steps at which the runs stopped for their numbers."""
     lines = [
         tag(
@@ -218,12 +218,12 @@ def failures(runs: tuple[Run, ...]) -> Html | None:
     return tag("ul", *lines) if lines else None
 
 
-def configs(runs: tuple[Run, ...]) -> Html:
+def configs(runs: tuple[RunRecord, ...]) -> Html:
     """Every setting of every run, folded."""
     return join(*(folded(f"config.yaml of {run.name}", tag("pre", run.yaml)) for run in runs))
 
 
-def commands(runs: tuple[Run, ...], this_page: str) -> Html:
+def commands(runs: tuple[RunRecord, ...], this_page: str) -> Html:
     """What makes the runs, and this page, again."""
     again = [f"python -m eval.run {run.folder.config_file} --out NEW_FOLDER" for run in runs]
     recorded = [tag("li", f"{run.name}: ", tag("code", run.command)) for run in runs if run.command]

@@ -48,8 +48,8 @@ class ScaleConfig:
     note: str | None  # what a run of this scale can and cannot show
 
     def __post_init__(self):
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or more numbers, each once, got {self.seeds}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be one or more numbers ≥ 0, each once, got {self.seeds}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Table:
     name: str
     config: TableConfig
     scale: str
-    base: str  # description of the recipe behind it
+    changes: tuple[str, ...]  # --set, in every row
     runs: tuple[Run, ...]
 
     @property
@@ -143,18 +143,20 @@ def load_table(
             raise ConfigError(f"{path}: {scale}.base {base.stem} is not a recipe")
         each = chosen.each[k] if chosen.each else ()
         sets = [*chosen.set, *row.set, *each, *changes]
+        if any(change.partition("=")[0].strip() == "seed" for change in sets):
+            raise ConfigError(f"{path}: seed is set by seeds, or --seeds")
         recipe = load_config(base, sets)
         if config.milestones and recipe.checkpoint.milestone_every is None:
             raise ConfigError(f"{path}: milestones need checkpoint.milestone_every, which is null in {base.stem}")
         runs += [Run(row, seed, replace(recipe, seed=seed), " ".join([base.stem, *sets])) for seed in numbers]
-    return Table(path.stem, config, scale, runs[0].recipe.description, tuple(runs))
+    return Table(path.stem, config, scale, tuple(changes), tuple(runs))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if not all(part.isdecimal() and len(part) < 10 for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() and len(part) < 10 for part in parts) or len(set(map(int, parts))) < len(parts):
         raise UserError(f"--seeds {text}: expected whole numbers, each once, comma-separated")
-    return tuple(int(part) for part in parts)
+    return tuple(map(int, parts))
 
 
 def _rows(text: str | None, rows: tuple[RowConfig, ...]) -> list[int]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def write_files(
     return "\n".join([*aligned(rows), "", facts["question"], *notes])
 
 
-def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
+def aligned(rows: list[Sequence[str]], left: int = 1) -> list[str]:
     """Lines with the first `left` columns to the left and the others to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return [

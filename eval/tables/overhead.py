@@ -4,16 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
 from eval.benchmark.clock import ratio
 from eval.benchmark.rows import Plan, Report, measure
 from eval.benchmark.steps import FLOW_MATCHING
-from eval.plot import COLOURS
+from eval.plot import COLOURS, plain
 from eval.tables.config import RECIPES, SCALES
 from eval.tables.files import write_files
 from meanflow.errors import ConfigError, UserError, write_errors_named
@@ -21,6 +18,7 @@ from meanflow.training import settings
 from meanflow.training.config import load_config
 from meanflow.training.run_folder import environment
 
+FIXED = ("train.batch", "train.precision", "train.compile", "loss.jvp")
 WAYS = {FLOW_MATCHING: "Flow Matching", "dual": "MeanFlow, dual numbers", "func": "MeanFlow, torch.func.jvp"}
 
 
@@ -82,6 +80,8 @@ def load(path: Path, scale: str | None, changes: list[str]) -> Overhead:
     base = RECIPES / f"{config.base}.yaml"
     if not base.exists():
         raise ConfigError(f"{path}: base {config.base} is not a recipe")
+    if fixed := [change for change in changes if change.partition("=")[0].strip() in FIXED]:
+        raise UserError(f"--set {fixed[0]}: {path.stem} sets {', '.join(FIXED)} itself")
     load_config(base, changes)
     return Overhead(path.stem, config, scale or "full", tuple(changes))
 
@@ -89,6 +89,8 @@ def load(path: Path, scale: str | None, changes: list[str]) -> Overhead:
 def run(overhead: Overhead, out: Path, device: torch.device) -> str:
     """Measure, write table.md, table.csv, table.json and figure.png; the table as text. Raises AssetError."""
     config, chosen = overhead.config, overhead.settings
+    with write_errors_named(out):
+        out.mkdir(parents=True, exist_ok=True)
     how = (chosen.batch, chosen.repeats, ("tf32" if device.type == "cuda" else "fp32",), ("dual", "func"), ())
     recipe = RECIPES / f"{config.base}.yaml"
     report = measure(Plan(recipe, overhead.changes, *how, ("step",), device), lambda line: None)
@@ -100,6 +102,8 @@ def run(overhead: Overhead, out: Path, device: torch.device) -> str:
         f"{where['device']}, {torch.get_num_threads()} threads, torch {where['torch']}.",
         f"Paper: {config.paper.hardware}.",
     ]
+    if overhead.changes:
+        about.insert(1, f"Changed by --set {' '.join(overhead.changes)}.")
     facts = {"description": config.description, "question": config.question, "scale": overhead.scale}
     text = write_files(out, facts, rows, about, rows, [])
     with write_errors_named(out):
@@ -138,6 +142,7 @@ def _draw(report: Report, paper: PaperSeconds, file: Path) -> None:
     axis.set_xlabel("time of a step / Flow Matching's", fontsize=8)
     axis.set_xlim(0, 1.15 * max(bars.values()))
     axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis, log=False)
+    axis.grid(visible=False, axis="y")
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -62,12 +62,12 @@ def plan(tables: list[Table | Overhead], tflops: float) -> str:
             flops = run_flops(config, forward, milestones)
             hours = flops / (tflops * 1e12) / 3600
             cost = "shared" if key in seen else f"{hours:,.1f}" if table.scale == "full" else ""
-            total += 0 if key in seen else hours
+            total += hours if table.scale == "full" and key not in seen else 0
             seen.add(key)
             size = [f"{parameters / 1e6:.2f} M", f"{config.train.steps:,}", f"{config.train.batch:,}"]
             lines.append([f"  {run.folder}", run.changes, *size, f"{flops / 1e15:,.3g}", cost])
     note = f"{len(seen)} runs"
-    if any(table.scale == "full" for table in tables):
+    if total:
         note += (
             f", {total:,.0f} GPU-hours at {tflops:g} TFLOP/s a GPU: counted operations over a rate (--tflops), an "
             "estimate; decoding and feature extraction are not in it"

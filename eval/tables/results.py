@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
+from scipy.stats import ttest_ind
+
 from eval.agreement import Agreement, agreement, agreement_file
 from eval.files import read_json, write_json
 from eval.generate import load_model
 from eval.processes import on_main
 from eval.score import score_run
 from eval.tables.config import RowConfig, Run, Table
+from meanflow.errors import AssetError
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.distributed import Processes
 from meanflow.training.metrics import read_metrics
@@ -19,7 +22,7 @@ from meanflow.training.run_folder import RunFolder, starts
 
 AGREEMENT_STEPS = 1
 AGREEMENT = f"{AGREEMENT_STEPS}-NFE agreement"
-CLEAR = 2  # standard errors of a difference, beyond which two rows are called different
+LEVEL = 0.05  # of Welch's t-test, below which two rows are called different
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,9 @@ class Result:
 
     figures: dict[str, float]
     agreement: Agreement | None
-    seconds: float  # of training
-    start: dict[str, Any]  # the last line of starts.jsonl
-
-    @property
-    def process_hours(self) -> float:
-        return self.seconds * self.start["processes"] / 3600
+    cautions: tuple[str, ...]  # why its figures may not stand beside published ones
+    process_hours: float  # of training
+    device: str  # in words, of its last start
 
 
 @dataclass(frozen=True)
@@ -80,74 +80,90 @@ class Line:
 
 
 def measure(table: Table, run: Run, folder: RunFolder, processes: Processes) -> Result:
-    """The figures of a finished run; scores that stand in its folder are read."""
-    figures: dict[str, float] = {}
-    for step in _steps(table, run, folder):
-        at = "" if step is None else f" at {step:,} steps"
-        what = None if step is None else checkpoint_path(folder.checkpoints, step)
-        for result in score_run(folder, run.recipe, processes, say=lambda text: None, what=what):
-            nfe = result["protocol"]["nfe"]
-            figures |= {f"{nfe}-NFE {name}{at}": value for name, value in result["metrics"].items()}
-    found = on_main(processes, lambda: _agreement(folder, processes)) if table.settings.agreement else None
-    seconds = read_metrics(folder.metrics_file)[-1]["seconds"]
-    return Result(figures, found, seconds, starts(folder)[-1])
-
-
-def _steps(table: Table, run: Run, folder: RunFolder) -> list[int | None]:
-    """The checkpoints to score: None for the newest."""
-    if not table.config.milestones:
-        return [None]
+    """The figures of a finished run; scores that stand in its folder are read. Raises AssetError or NumericsError."""
     every, last = run.recipe.checkpoint.milestone_every, run.recipe.train.steps
-    return [*range(every, last, every), last]
+    steps = [*range(every, last, every), last] if table.config.milestones else [last]
+    figures: dict[str, float] = {}
+    cautions: dict[str, None] = {}
+    for step in steps:
+        at = f" at {step:,} steps" if table.config.milestones else ""
+        what = checkpoint_path(folder.checkpoints, step)
+        for result in score_run(folder, run.recipe, processes, say=lambda text: None, what=what):
+            nfe, comparable = result["protocol"]["nfe"], result["comparable"]
+            for name, value in result["metrics"].items():
+                mark = "" if comparable or name.startswith("fd-") else " (not comparable)"
+                figures[f"{nfe}-NFE {name}{mark}{at}"] = value
+            cautions |= dict.fromkeys(result["warnings"])
+    found = on_main(processes, lambda: _agreement(folder, last, processes)) if table.settings.agreement else None
+    begun = starts(folder)
+    hours = process_seconds(begun, read_metrics(folder.metrics_file)) / 3600
+    where = f"{begun[-1]['device']}, {begun[-1]['cores']} cores, torch {begun[-1]['torch']}"
+    return Result(figures, found, tuple(cautions), hours, where)
 
 
-def _agreement(run: RunFolder, processes: Processes) -> Agreement:
-    model = load_model(run.path, None, processes.device)
-    file = agreement_file(run, model, AGREEMENT_STEPS)
+def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) -> float:
+    """Seconds of training times the processes of the start that each step belongs to.
+
+    `begun`: the lines of starts.jsonl, whose `step` is where a start went on; `lines`: those of metrics.jsonl, whose
+    `seconds` count from the first start.
+    """
+    total, before, ahead = 0.0, 0.0, [start.get("step", 0) for start in begun]
+    for line in lines:
+        k = max((k for k, step in enumerate(ahead) if step < line["step"]), default=0)
+        total += (line["seconds"] - before) * begun[k]["processes"]
+        before = line["seconds"]
+    return total
+
+
+def _agreement(run: RunFolder, step: int, processes: Processes) -> Agreement:
+    model = load_model(checkpoint_path(run.checkpoints, step), None, processes.device)
+    file, samples = agreement_file(run, model, AGREEMENT_STEPS), model.config.eval.samples
     if file.exists():
-        return Agreement(**read_json(file))
-    found = agreement(model, model.config.eval.samples, AGREEMENT_STEPS)
+        tree = read_json(file)
+        if all(tree.get(key) == value for key, value in (("samples", samples), ("seed", 0))):
+            try:
+                return Agreement(**tree)
+            except TypeError as error:
+                raise AssetError(f"{file}: is not a result of eval.agreement ({error}); move it away") from error
+    found = agreement(model, samples, AGREEMENT_STEPS)
     write_json(file, asdict(found))
     return found
 
 
 def against_paper(table: Table, lines: list[Line]) -> list[str]:
-    """In words: is the order of the rows the paper's? A distance of another kind than the paper's may only be ordered.
-
-    Two rows count as different here if their means are more than two standard errors of the difference apart.
-    """
+    """In words: is the order of the rows the paper's? A distance of another kind may only be ordered."""
     paper = table.config.paper
     if paper is None or table.scale == "full" or len(lines) < 2:
         return []
     said = []
     for k, nfe in enumerate(paper.nfe):
-        known = [line for line in lines if line.row.paper[k] is not None]
+        known = sorted((line for line in lines if line.row.paper[k] is not None), key=lambda line: line.row.paper[k])
         label = next((label for label in reversed(lines[0].labels) if label.startswith(f"{nfe}-NFE ")), None)
         if label is None or len(known) < 2:
             continue
-        best, ours = min(known, key=lambda x: x.row.paper[k]), min(known, key=lambda x: x.figure(label).mean)
-        text = f"{nfe}-NFE: the paper's best row is {best.row.name}, here it is {ours.row.name}"
-        if len(known[0].results) == 1:
+        ours = min(known, key=lambda line: line.figure(label).mean)
+        text = f"{nfe}-NFE: the paper's best row is {known[0].row.name}, here it is {ours.row.name}"
+        seeds = min(len(line.results) for line in known)
+        if seeds == 1:
             said.append(f"{text}; one seed, so no spread to judge the order by.")
             continue
-        if ours is not best and not _clear(ours.figure(label), best.figure(label)):
-            text += " (within two standard errors)"
+        if ours is not known[0] and not _differ(ours, known[0], label):
+            text += " (not significantly)"
         agree, against = 0, []
-        for a, b in combinations(sorted(known, key=lambda x: x.row.paper[k]), 2):
-            if a.row.paper[k] == b.row.paper[k] or not _clear(a.figure(label), b.figure(label)):
+        for a, b in combinations(known, 2):
+            if a.row.paper[k] == b.row.paper[k] or not _differ(a, b, label):
                 continue
             if a.figure(label).mean < b.figure(label).mean:
                 agree += 1
             else:
                 against.append(f"{b.row.name} is better than {a.row.name}")
         pairs = math.comb(len(known), 2)
-        text += (
-            f". Of {pairs} pairs of rows {agree} are clearly in the paper's order and {len(against)} clearly against"
-        )
-        said.append(f"{text}{': ' if against else ''}{'; '.join(against)}.")
+        text += f". Of {pairs} pairs of rows {agree} differ as in the paper and {len(against)} against it"
+        test = f" (Welch's t-test of {seeds} seeds, {LEVEL:.0%} for each pair; the others do not differ significantly)"
+        said.append(f"{text}{': ' if against else ''}{'; '.join(against)}{test}.")
     return said
 
 
-def _clear(a: Mean, b: Mean) -> bool:
-    error = math.sqrt(a.deviation**2 / a.count + b.deviation**2 / b.count)
-    return abs(a.mean - b.mean) > CLEAR * error
+def _differ(a: Line, b: Line, label: str) -> bool:
+    values = [[result.figures[label] for result in line.results] for line in (a, b)]
+    return bool(ttest_ind(*values, equal_var=False).pvalue < LEVEL)

@@ -4,40 +4,47 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogFormatter
+import numpy as np
 from PIL import Image
 
-from eval.plot import COLOURS, LOG_FROM, MARKERS
-from eval.tables.config import Table
+from eval.plot import COLOURS, LOG_FROM, MARKERS, plain
+from eval.run import FLOOR_UP_TO
+from eval.score import floor
+from eval.tables.config import RowConfig, Run, Table
 from eval.tables.files import write_files
-from eval.tables.results import AGREEMENT, Line, against_paper
-from meanflow.errors import write_errors_named
+from eval.tables.results import AGREEMENT, Line, Mean, against_paper
+from meanflow.errors import AssetError, write_errors_named
 
 GRID_INCHES = 3.2
 
 
-def write_table(table: Table, lines: list[Line], out: Path, cuda: bool) -> str:
+def write_table(table: Table, lines: list[Line], diverged: list[Run], out: Path, cuda: bool) -> str:
     """`table.md`, `table.csv`, `table.json`, `figure.png` and `samples.png` in `out`; the table as text.
 
-    Raises AssetError, naming the file, where one cannot be written.
+    `diverged`: runs that have no figures. Raises AssetError, naming the file, where one cannot be read or written.
     """
     facts = {"description": table.config.description, "question": table.config.question, "scale": table.scale}
     rows = [_header(table, lines), *(_cells(table, line) for line in lines)]
     runs = [run.folder for run in table.runs]
-    text = write_files(out, facts, rows, notes(table, lines, cuda), _sheet(table, lines), runs)
+    text = write_files(out, facts, rows, notes(table, lines, diverged, cuda), _sheet(table, lines), runs)
     with write_errors_named(out):
         (draw_milestones if table.config.milestones else draw_rows)(table, lines, out / "figure.png")
-        draw_samples(table, out)
+    draw_samples(table, [line.row for line in lines], out)
     return text
 
 
 def _header(table: Table, lines: list[Line]) -> list[str]:
     judged = [AGREEMENT] if table.settings.agreement else []
-    return [table.config.parameter, *lines[0].labels, *judged, *_quoted(table), "hours"]
+    return [table.config.parameter, *_shown(table, lines[0]), *judged, *_quoted(table), "hours"]
+
+
+def _shown(table: Table, line: Line) -> list[str]:
+    """The figures to be read in the table: along milestones those of the end; the others are in the CSV."""
+    if not table.config.milestones:
+        return line.labels
+    end = line.labels[-1].rsplit(" at ", 1)[1]
+    return [label for label in line.labels if label.endswith(f" at {end}")]
 
 
 def _quoted(table: Table) -> list[str]:
@@ -48,7 +55,7 @@ def _quoted(table: Table) -> list[str]:
 def _cells(table: Table, line: Line) -> list[str]:
     judged = [line.agreement.text("{:.1%}")] if line.agreement else []
     paper = ["" if value is None else f"{value:.2f}" for value in line.row.paper]
-    ours = [line.figure(label).text() for label in line.labels]
+    ours = [line.figure(label).text() for label in _shown(table, line)]
     return [line.row.name, *ours, *judged, *paper, f"{line.hours:.3g}"]
 
 
@@ -68,12 +75,16 @@ def _samples(table: Table) -> int:
     return table.runs[0].recipe.eval.samples
 
 
-def notes(table: Table, lines: list[Line], cuda: bool) -> list[str]:
+def notes(table: Table, lines: list[Line], diverged: list[Run], cuda: bool) -> list[str]:
     """What has to be known to read the table: protocol, cost, machine, and what the rows say."""
-    chosen = table.settings
+    chosen, recipe = table.settings, table.runs[0].recipe
     seeds = sorted({run.seed for run in table.runs})
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
-    said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {table.base}."]
+    said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {_trained(table)}."]
+    if recipe.eval.extractor == "pixels":
+        cheap = math.prod(recipe.image_shape) <= FLOOR_UP_TO
+        real = f"; between two halves of the real images it is {floor(recipe):.3f}" if cheap else ""
+        said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1], and no FID{real}.")
     if chosen.note:
         said.append(chosen.note)
     if lines[0].agreement:
@@ -82,14 +93,29 @@ def notes(table: Table, lines: list[Line], cuda: bool) -> list[str]:
             f"Agreement: samples that a classifier fitted to the real images gives the label they were asked for; "
             f"of real images it gets {real:.1%} right (cross-validated)."
         )
+    if diverged:
+        said.append(f"Not finite, and so without figures: {', '.join(run.folder for run in diverged)}.")
     results = [result for line in lines for result in line.results]
     hours, unit = sum(result.process_hours for result in results), "GPU-hours" if cuda else "process-hours"
-    machines = sorted({f"{r.start['device']}, {r.start['cores']} cores, torch {r.start['torch']}" for r in results})
+    machines = "; ".join(dict.fromkeys(result.device for result in results))
     said.append(
-        f"Hours are {unit} of training, the mean of a row's runs; {len(results)} runs: {hours:.3g} {unit} "
-        f"({'; '.join(machines)})."
+        f"Hours are {unit} of training, the mean of a row's runs; {len(results)} runs: {hours:.3g} {unit} ({machines})."
     )
-    return [*said, *against_paper(table, lines)]
+    cautions = dict.fromkeys(caution for result in results for caution in result.cautions)
+    return [*said, *cautions, *against_paper(table, lines)]
+
+
+def _trained(table: Table) -> str:
+    """What was trained, from the runs themselves: bases, lengths, batches, and --set."""
+    bases = ", ".join(dict.fromkeys(run.changes.partition(" ")[0] for run in table.runs))
+    steps, batches = ({getattr(run.recipe.train, key) for run in table.runs} for key in ("steps", "batch"))
+    text = f"{bases}, {_range(steps)} steps of {_range(batches)}"
+    return f"{text}, changed by --set {' '.join(table.changes)}" if table.changes else text
+
+
+def _range(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} – {high:,}"
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -124,9 +150,9 @@ def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
     plt.close(figure)
 
 
-def _errors(axis, figures, label: str, colour: int) -> None:
+def _errors(axis, figures: list[Mean], label: str, colour: int, xs: list[int] | None = None) -> None:
     axis.errorbar(
-        range(len(figures)),
+        range(len(figures)) if xs is None else xs,
         [figure.mean for figure in figures],
         [figure.deviation or 0 for figure in figures],
         marker=MARKERS[colour % len(MARKERS)],
@@ -148,55 +174,39 @@ def _dress(axis, title: str, names: list[str], parameter: str, log: bool = True)
     axis.set_xlabel(parameter, fontsize=8)
     axis.tick_params(which="both", labelsize=8)
     values = [y for line in axis.lines for y in line.get_ydata() if y and math.isfinite(y)]
-    if log and values and min(values) > 0 and max(values) > LOG_FROM * min(values):
-        axis.set_yscale("log")
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axis.grid(alpha=0.25, which="major", linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis, log and bool(values) and min(values) > 0 and max(values) > LOG_FROM * min(values))
     if log:
         axis.legend(fontsize=7, frameon=False)
 
 
 def draw_milestones(table: Table, lines: list[Line], file: Path) -> None:
-    """Distance against training length, a curve for each row (Figure 4); the paper's only at the end of the runs."""
+    """Distance against training length, a curve for each row (Figure 4), at the first of the recipe's NFE."""
     figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-    nfe = f"{min(run.recipe.eval.steps[0] for run in table.runs)}-NFE"
-    chosen = [label for label in lines[0].labels if label.startswith(nfe)]
+    nfe = f"{table.runs[0].recipe.eval.steps[0]}-NFE "
     for k, line in enumerate(lines):
-        mine = [label for label in line.labels if label.startswith(nfe)]
-        steps = [int(label.rsplit(" at ", 1)[1].split()[0].replace(",", "")) for label in mine]
-        figures = [line.figure(label) for label in mine]
-        style = {
-            "marker": MARKERS[k % len(MARKERS)],
-            "color": COLOURS[k % len(COLOURS)],
-            "linewidth": 1.2,
-            "capsize": 3,
-        }
-        axis.errorbar(
-            steps, [f.mean for f in figures], [f.deviation or 0 for f in figures], label=line.row.name, **style
-        )
+        mine = {label.rsplit(" at ", 1)[1]: line.figure(label) for label in line.labels if label.startswith(nfe)}
+        steps = [int(at.removesuffix(" steps").replace(",", "")) for at in mine]
+        _errors(axis, list(mine.values()), line.row.name, k, steps)
     axis.set_xlabel("step", fontsize=8)
-    axis.set_ylabel(chosen[0].rsplit(" at ", 1)[0], fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.set_yscale("log")
-    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        which(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axis.grid(alpha=0.25, which="both", linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_ylabel(lines[0].labels[0].rsplit(" at ", 1)[0], fontsize=8)
+    axis.tick_params(which="both", labelsize=8)
+    plain(axis, log=True)
     axis.legend(fontsize=8, frameon=False, title=table.config.parameter, title_fontsize=8)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
-def draw_samples(table: Table, out: Path) -> None:
-    """The rows' grids of samples side by side, of the first seed."""
-    first = {run.row: run for run in reversed(table.runs)}
-    grids = [Image.open(out.parent / first[row].folder / "samples.png") for row in table.rows]
-    figure, axes = plt.subplots(1, len(grids), figsize=(GRID_INCHES * len(grids), GRID_INCHES + 0.3), squeeze=False)
-    for axis, grid, row in zip(axes[0], grids, table.rows, strict=True):
-        axis.imshow(grid, cmap="gray", vmin=0, vmax=255)
+def draw_samples(table: Table, rows: list[RowConfig], out: Path) -> None:
+    """The rows' grids of samples side by side, of the first seed. Raises AssetError if one cannot be read."""
+    first = {run.row: out.parent / run.folder / "samples.png" for run in reversed(table.runs)}
+    figure, axes = plt.subplots(1, len(rows), figsize=(GRID_INCHES * len(rows), GRID_INCHES + 0.3), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        try:
+            axis.imshow(np.asarray(Image.open(first[row])), cmap="gray", vmin=0, vmax=255)
+        except (OSError, ValueError) as error:
+            raise AssetError(f"{first[row]}: cannot be read ({error}); delete it and run the table again") from error
         axis.set_title(row.name, fontsize=11)
         axis.axis("off")
-    figure.savefig(out / "samples.png", dpi=150, bbox_inches="tight", pad_inches=0.05)
+    with write_errors_named(out / "samples.png"):
+        figure.savefig(out / "samples.png", dpi=150, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)

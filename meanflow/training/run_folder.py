@@ -71,14 +71,29 @@ class RunFolder:
 
 
 def starts(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of `starts.jsonl`. Raises AssetError if there are none or they cannot be read."""
+    """The lines of `starts.jsonl`; a torn last one (a crash while writing) is left out.
+
+    Raises AssetError, naming the line, if another one is damaged.
+    """
+    if not run.starts_file.exists():
+        return []
+    lines = [_start(text) for text in run.starts_file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if None in lines[:-1]:
+        raise AssetError(f"{run.starts_file}: line {lines.index(None) + 1} is damaged; remove it")
+    return [line for line in lines if line is not None]
+
+
+def _start(text: str) -> dict[str, Any] | None:
     try:
-        lines = [json.loads(line) for line in run.starts_file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssetError(f"{run.starts_file}: cannot be read ({error})") from error
-    if not lines:
-        raise AssetError(f"{run.starts_file}: is empty")
-    return lines
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and _are_changes(line.get("changed", {})) else None
+
+
+def _are_changes(changed: Any) -> bool:
+    """{dotted key: [old value, new value]}?"""
+    return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
 
 
 def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
