@@ -316,6 +316,19 @@ def test_zip_cut_short(tmp_path):
     assert damage(path.read_bytes(), path) >= 58
 
 
+@pytest.mark.parametrize("name", [b"\xc7\xff", b"\x00\x00"])
+def test_zip_whose_member_has_another_name_than_its_directory_says(tmp_path, name):
+    """Flagged as UTF-8 in the member's own header, which it is not: zipfile raises a UnicodeDecodeError."""
+    path = zip_of(tmp_path, "a/1.png")
+    data = bytearray(path.read_bytes())
+    data[6:8] = (int.from_bytes(data[6:8], "little") | 0x800).to_bytes(2, "little")
+    data[30:32] = name
+    start = data.index(b"PK\1\2")
+    data[start + 8 : start + 10] = (0x800).to_bytes(2, "little")
+    path.write_bytes(data)
+    refused(path, "damaged or cut short")
+
+
 def test_zip_with_damaged_content(tmp_path):
     path = zip_of(tmp_path, "a/1.png")
     data = bytearray(path.read_bytes())

@@ -9,6 +9,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -26,6 +27,13 @@ MAX_RATIO = 100  # of unpacked to packed bytes; images hardly compress
 MAX_HEADER_BYTES = 2**20  # of a tar's long names and extended headers
 
 Parts = tuple[str, ...]  # a path inside a source, split at its slashes
+
+
+# What zipfile and tarfile raise over damaged headers, their own errors and others'.
+DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, ValueError, OverflowError, struct.error),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +84,7 @@ def _damage_named(where: str) -> Iterator[None]:
     """Turn what the readers of folders and archives raise into one line."""
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+    except DAMAGE as error:
         raise AssetError(f"{where} is damaged or cut short ({error}): copy or download it again") from error
     except NotImplementedError as error:
         raise AssetError(f"{where} is compressed in a way Python cannot read ({error})") from error

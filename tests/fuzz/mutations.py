@@ -1,5 +1,6 @@
 """Strategies for damaged inputs, and what counts as a documented refusal."""
 
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,17 +8,28 @@ from hypothesis import strategies as st
 
 from meanflow.errors import UserError
 
+MAX_GROWTH_MB = 100  # of peak memory, by one input
 NUMBERS = [0, 1, 2, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def refused(read: Callable[[], object]) -> bool:
-    """Whether `read` refuses with a UserError, whose line `run_main` prints; any other exception is a failure."""
+    """Whether `read` refuses with a UserError, whose line `run_main` prints.
+
+    Any other exception is a failure, and so is peak memory that grows by more than MAX_GROWTH_MB.
+    """
+    before = peak_mb()
     try:
         read()
     except UserError as error:
         assert len(str(error)) > 10
         return True
+    finally:
+        assert peak_mb() - before < MAX_GROWTH_MB
     return False
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @st.composite
