@@ -238,3 +238,9 @@ def test_each_setting_can_be_overridden_by_its_dotted_path():
     for path, value in settings.flatten(TREE).items():
         text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
         assert settings.apply_overrides(TREE, [f"{path}={text}"]) == TREE, path
+
+
+def test_a_mapping_whose_key_is_a_number_is_one_line_also_at_the_second_time():
+    """The long fuzz run found it."""
+    with pytest.raises(ConfigError, match="is a group of settings"):
+        settings.apply_overrides({"optim": {"lr": 1.0}}, ["optim.lr=1: e-3", "optim.lr=1: e-3"])

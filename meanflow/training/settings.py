@@ -84,7 +84,9 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
             parent, branch = branch, branch[key]
         value = parse_yaml(text, f"--set {override}")
         if isinstance(branch, dict) and value is not None:
-            raise ConfigError(f"--set {override}: {path} is a group of settings; set one of {', '.join(branch)}")
+            raise ConfigError(
+                f"--set {override}: {path} is a group of settings; set one of {', '.join(map(str, branch))}"
+            )
         parent[last] = value
     return tree
 
