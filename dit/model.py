@@ -3,6 +3,7 @@
 Every operation here has a tangent rule in `meanflow.dual`; dimension 0 is the batch throughout.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,8 +59,9 @@ class DiT(nn.Module):
     """u(z, t, r): the average velocity over [r, t] at z.
 
     `forward(z, t, r, class_labels=None)` with z (B, C, S, S), t and r (B,) in [0, 1] and class_labels (B,) int64
-    (None or the value `classes`: no class) gives (B, C, S, S), zero at initialisation. `run_block` is how a block
-    is called; whoever trains may put another there that saves memory.
+    (None or the value `classes`: no class) gives (B, C, S, S), zero at initialisation. `run_block(block, x, c)`, if
+    given, is how a block is called: whoever trains may save memory there, or compute in another precision. All else,
+    the output too, keeps z's.
     """
 
     def __init__(self, config: DiTConfig):
@@ -91,9 +93,6 @@ class DiT(nn.Module):
             nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def run_block(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-        return block(x, c)
-
     def embed(self, t: Tensor, r: Tensor, class_labels: Tensor | None) -> Tensor:
         """The conditioning vector (B, D): the sum of all embeddings."""
         times = {"t": t, "r": r, "t-r": t - r}
@@ -104,11 +103,18 @@ class DiT(nn.Module):
             c = c + self.label_embed(class_labels)
         return c
 
-    def forward(self, z: Tensor, t: Tensor, r: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        class_labels: Tensor | None = None,
+        run_block: Callable[..., Tensor] = nn.Module.__call__,
+    ) -> Tensor:
         c = self.embed(t, r, class_labels)  # (B, D)
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.positions  # (B, N, D), N tokens row by row
         for block in self.blocks:
-            x = self.run_block(block, x, c)
+            x = run_block(block, x, c)
         return unpatchify(self.final(x, c), self.config.side, self.config.patch)  # (B, C, S, S)
 
 

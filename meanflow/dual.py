@@ -151,7 +151,7 @@ _shape_rule("unbind", lambda x, dim=0: _inner(x, dim))
 _shape_rule("permute", lambda x, *dims: (dims if len(dims) > 1 else dims[0])[0] == 0)
 _shape_rule("unsqueeze", lambda x, dim: dim % (x.ndim + 1) > 0)
 _shape_rule("contiguous", lambda x, memory_format=None: True)
-_shape_rule("float", lambda x: True)
+_shape_rule("to", lambda x, dtype: isinstance(dtype, torch.dtype))
 
 
 @rule("reshape")

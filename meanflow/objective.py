@@ -92,8 +92,8 @@ def meanflow_loss(
     u_out, dudt = derivative(u, z, t, r, (v[:rows], dt, dr), rows, config.jvp, cond)
 
     target = v.clone()  # Eq. (10): u_tgt = v − (t − r) du/dt, where r = t it is v
-    target[:rows] -= _per_row(t - r, x)[:rows] * dudt.to(x.dtype)
-    squared_error = (u_out.to(x.dtype) - target).square().flatten(1).sum(1)  # Eq. (9), sum over C, H, W
+    target[:rows] -= _per_row(t - r, x)[:rows] * dudt
+    squared_error = (u_out - target).square().flatten(1).sum(1)  # Eq. (9), sum over C, H, W
     with torch.no_grad():
         weight = 1 / (squared_error + config.c) ** config.p  # Eq. (22)
     return MeanFlowLoss(weight * squared_error, squared_error.detach())

@@ -12,7 +12,7 @@ from eval import bench
 from eval.benchmark import rows as bench_rows
 from eval.benchmark.clock import Spread, ratio, take_turns
 from eval.benchmark.rows import Row
-from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, Setting, Step, peak_memory
+from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, WAYS, Setting, Step, peak_memory
 from meanflow.errors import UserError
 from meanflow.training.batches import BatchStream
 from meanflow.training.distributed import GradientSum, Processes
@@ -134,7 +134,10 @@ def test_a_row_says_whether_it_meets_its_figure():
     assert Row("", None, 2.0, True, "no GPU").state == "not measurable here: no GPU"
 
 
-def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch, capsys, bf16):
+    for module in (bench, bench_rows):  # on any machine, as if it had bf16 instructions or none
+        monkeypatch.setattr(module, "cpu_has_bf16", lambda: bf16)
     monkeypatch.setattr(bench_rows, "peak_memory", lambda setting, device: 200.0 + len(setting.way))
     out = tmp_path / "bench.json"
     how = ["--batch", "8", "--repeats", "2", "--jvp", "dual,func,separate", "--device", "cpu", "--out", str(out)]
@@ -142,7 +145,8 @@ def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch
     text, tree = capsys.readouterr().out, json.loads(out.read_text())
     (report,) = tree["reports"]
     assert tree["machine"]["torch"] == torch.__version__ and "--repeats 2" in tree["command"]
-    names = [f"{way}, fp32" for way in (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)]
+    ours = [f"{way}, {kind}" for kind in ("fp32", "bf16")[: 1 + bf16] for way in WAYS if way != PLAIN]
+    names = [*ours, f"{PLAIN}, fp32"]
     assert [step["name"] for step in report["steps"]] == names
     assert all(name in text for name in names)
     assert all(len(step["rounds"]) == 2 and step["flops"] > 0 for step in report["steps"])
@@ -152,7 +156,9 @@ def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch
     assert by_name["MeanFlow / Flow Matching step, r≠t 75%"]["figure"]["median"] > 0
     gpu = [row["state"] for name, row in by_name.items() if "GPU" in name]
     assert gpu == ["not measurable here: this is a CPU"] * 2
-    assert sum(row["figure"] is not None for row in report["rows"]) == 5
+    (cpu,) = (row for name, row in by_name.items() if "CPU, bf16" in name)
+    assert (cpu["figure"] is not None) == bf16 and ("no bf16 instructions" in cpu["state"]) != bf16
+    assert sum(row["figure"] is not None for row in report["rows"]) == 5 + bf16
 
 
 def test_latent_recipes_too(tmp_path, recipe, capsys):

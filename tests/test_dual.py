@@ -43,6 +43,7 @@ CASES = {
     "modulate": lambda x: x * (1 + x.flatten(2)[:, :, :1, None]) + x[:, :, :1],
     "shapes": lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], 9, 2, 8).unbind(2)[1].contiguous(),
     "chunk": lambda x: x.chunk(2, dim=1)[0] * x.chunk(2, dim=1)[1],
+    "to": lambda x: x.to(torch.float64) * ROW[: x.shape[0]],
     "unsqueeze, unflatten": lambda x: x.unsqueeze(1).unflatten(3, (2, 3)),
     "attention": lambda x: F.scaled_dot_product_attention(x, F.silu(x), torch.sin(x)),
     "attention, scale": lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from running import guided_latent_changes, tiny_config
 
 from eval.benchmark.steps import plain_loss, plain_tangent, separate_tangent
+from meanflow.dual import value_of
 from meanflow.tangent import JVPS
 from meanflow.training.estimate import random_batch
 from meanflow.training.network import build_network
@@ -41,7 +42,6 @@ def loss_and_gradient(network, loss, batch):
 
 
 def plain(network, config, batch, tangent=plain_tangent):
-    vars(network).pop("run_block", None)  # recomputation is none of the plain step's business
     return loss_and_gradient(network, lambda batch: plain_loss(tangent, network, batch, config.loss), batch)
 
 
@@ -110,6 +110,27 @@ def test_bf16_is_near_float32_and_unbiased(changes):
     assert 0 < torch.tensor(away).mean(0).max() <= 3e-2
     for off in map(torch.tensor, (loss_off, along)):
         assert off.mean().abs() <= 3 * off.std() / 64**0.5 + 1e-3
+
+
+@pytest.mark.parametrize("changes", [UNET, DIT], ids=["unet", "dit"])
+@pytest.mark.parametrize("still", [False, True])
+def test_bf16_rounds_neither_the_conditioning_nor_what_the_network_returns(changes, still):
+    config, network, batch = case(changes, train__precision="bf16")
+    embedded, returned, embed = [], [], network.embed
+
+    def watched(*args):
+        embedded.append(embed(*args))
+        return embedded[-1]
+
+    network.embed = watched
+    network.register_forward_hook(lambda module, args, out: returned.append(out))
+    for precision in ("fp32", "bf16"):
+        r = batch.t if still else batch.r
+        make_loss(network, tiny_like(config, precision), CPU)(replace(batch, r=r))
+    assert torch.equal(*map(value_of, embedded))
+    for out in returned:
+        assert all(part.dtype == torch.float32 for part in ([out.value, out.tangent] if not still else [out]))
+    assert not torch.equal(*map(value_of, returned))  # but bf16 it was
 
 
 def tiny_like(config, precision):

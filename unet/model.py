@@ -4,6 +4,7 @@ Constants are those of the official release where the paper is silent. Module na
 parameter names, so its checkpoints load strictly as they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,8 +68,8 @@ class UNet(nn.Module):
 
     `forward(z, t, r, augment_labels=None, class_labels=None)` with z (B, C, H, W), t and r (B,) in [0, 1],
     augment_labels (B, A) (None: zeros, as at sampling) and class_labels (B,) int64 (None or the value `classes`:
-    unconditional) gives (B, C, H, W). `run_block` is how a block is called; whoever trains may put another there
-    that saves memory.
+    unconditional) gives (B, C, H, W). `run_block(block, x, emb)`, if given, is how a block is called: whoever trains
+    may save memory there, or compute in another precision. All else, the output too, keeps z's.
     """
 
     def __init__(self, config: UNetConfig):
@@ -121,9 +122,6 @@ class UNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(current)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(current, config.channels, 3, init=ZERO_INIT)
 
-    def run_block(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
-        return block(x, emb)
-
     def embed(self, t: Tensor, r: Tensor, augment_labels: Tensor | None, class_labels: Tensor | None) -> Tensor:
         """The conditioning vector (B, 4·width)."""
         variables = time_variables(t, r, self.config.conditioning)
@@ -144,11 +142,12 @@ class UNet(nn.Module):
         r: Tensor,
         augment_labels: Tensor | None = None,
         class_labels: Tensor | None = None,
+        run_block: Callable[..., Tensor] = nn.Module.__call__,
     ) -> Tensor:
         emb = self.embed(t, r, augment_labels, class_labels)
         x, skips = z, []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else self.run_block(layer, x, emb)
+            x = layer(x) if name.endswith("conv") else run_block(layer, x, emb)
             skips.append(x)
         size = self.config.image_size
         norm, conv = f"{size}x{size}_aux_norm", f"{size}x{size}_aux_conv"
@@ -157,5 +156,5 @@ class UNet(nn.Module):
                 continue
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run_block(layer, x, emb)
-        return self.dec[conv](F.silu(self.dec[norm](x)))  # (B, C, H, W)
+            x = run_block(layer, x, emb)
+        return self.dec[conv](F.silu(self.dec[norm](x.to(z.dtype))))  # (B, C, H, W)

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.objective import TANGENTS, LossConfig, MeanFlowLoss, interval_first
+from meanflow.tangent import Network
 from meanflow.training.batches import MicroBatch
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.distributed import GradientSum, Processes
 from meanflow.training.estimate import random_batch
 from meanflow.training.metrics import StepSums, peak_memory_mb
 from meanflow.training.state import TrainState, fresh_state
-from meanflow.training.step import LossFunction, accumulate, configure_numerics, make_loss, update
+from meanflow.training.step import LossFunction, accumulate, configure_numerics, make_loss, update, velocity_of
 
 FLOW_MATCHING, PLAIN, SEPARATE = "flow matching", "plain", "separate"
 WAYS = (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)
@@ -78,13 +79,8 @@ class Step:
             return make_loss(network, replace(config, train=replace(config.train, compile=compile)), self.device)
         tangent = plain_tangent if way == PLAIN else separate_tangent
         tangent = torch.compile(tangent, dynamic=False, mode=compile) if compile else tangent
-        bf16 = config.train.precision == "bf16"
-
-        def loss(batch: MicroBatch) -> MeanFlowLoss:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-                return plain_loss(tangent, network, batch, config.loss)
-
-        return loss
+        u = velocity_of(network, config.train)
+        return lambda batch: plain_loss(tangent, u, batch, config.loss)
 
     def backward(self, loss: LossFunction | None = None) -> None:
         """Forward and backward pass alone."""
@@ -108,35 +104,35 @@ def in_default_format(batch: MicroBatch) -> MicroBatch:
     return replace(batch, x=batch.x.contiguous(), eps=batch.eps.contiguous())
 
 
-def plain_loss(tangent: Callable, network: nn.Module, batch: MicroBatch, config: LossConfig) -> MeanFlowLoss:
+def plain_loss(tangent: Callable, u: Network, batch: MicroBatch, config: LossConfig) -> MeanFlowLoss:
     """Algorithm 1 with Eq. (22), without shortcuts; `tangent` gives (u, du/dt)."""
     x, eps, t, r = batch.x, batch.eps, batch.t.to(batch.x), batch.r.to(batch.x)
     column = (-1, *[1] * (x.ndim - 1))
     z = (1 - t.view(column)) * x + t.view(column) * eps
     v = eps - x
     dr, dt = TANGENTS[config.tangent]
-    u, dudt = tangent(network, z, t, r, v, dt, dr, batch.cond)
-    target = v - (t - r).view(column) * dudt.to(x.dtype)
-    squared_error = (u.to(x.dtype) - target.detach()).square().flatten(1).sum(1)
+    u_out, dudt = tangent(u, z, t, r, v, dt, dr, batch.cond)
+    target = v - (t - r).view(column) * dudt
+    squared_error = (u_out - target.detach()).square().flatten(1).sum(1)
     weight = (1 / (squared_error + config.c) ** config.p).detach()
     return MeanFlowLoss(weight * squared_error, squared_error.detach())
 
 
-def plain_tangent(network, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
+def plain_tangent(u, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
     """One `torch.func.jvp` over the whole batch."""
     tangents = (v, torch.full_like(t, dt), torch.full_like(r, dr))
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        return torch.func.jvp(lambda z, t, r: network(z, t, r, **cond), (z, t, r), tangents)
+        return torch.func.jvp(lambda z, t, r: u(z, t, r, **cond), (z, t, r), tangents)
 
 
-def separate_tangent(network, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
+def separate_tangent(u, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
     """du/dt of the rows with r ≠ t by a pass of its own that keeps no graph, then u."""
     rows = interval_first(t, r)[1]
     moving = {key: x[:rows] for key, x in cond.items()}
     dudt = torch.zeros_like(z)
     with torch.no_grad():
-        dudt[:rows] = plain_tangent(network, z[:rows], t[:rows], r[:rows], v[:rows], dt, dr, moving)[1]
-    return network(z, t, r, **cond), dudt
+        dudt[:rows] = plain_tangent(u, z[:rows], t[:rows], r[:rows], v[:rows], dt, dr, moving)[1]
+    return u(z, t, r, **cond), dudt
 
 
 def peak_memory(setting: Setting, device: torch.device, steps: int = 2) -> float:

@@ -5,7 +5,6 @@ from torch import nn
 
 from dit import DiT, DiTConfig
 from meanflow.random import derive_seed
-from meanflow.recompute import recomputed
 from meanflow.training.config import RunConfig
 from unet import UNet
 
@@ -16,8 +15,6 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         torch.manual_seed(derive_seed(config.seed, "init"))
         backbone = DiT if isinstance(config.model, DiTConfig) else UNet
         network = backbone(config.model)  # on the CPU: the same weights whatever the device
-    if config.train.activation_checkpointing:
-        network.run_block = recomputed
     return network.to(device=device, memory_format=torch.channels_last)
 
 

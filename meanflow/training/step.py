@@ -1,5 +1,6 @@
 """One optimiser step: Algorithm 1 over the micro-batches, one sum of gradients, one guarded update."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from meanflow.guidance import guided_velocity
 from meanflow.objective import MeanFlowLoss, interpolate, meanflow_loss
+from meanflow.recompute import recomputed
 from meanflow.tangent import Network, value_and_tangent
 from meanflow.training.batches import MicroBatch
 from meanflow.training.compiled import compiled_derivative
@@ -32,15 +34,11 @@ def configure_numerics(config: TrainConfig) -> None:
 
 
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
-    """The loss of a micro-batch; networks run under bf16 autocast if the recipe says so, the target never does."""
-    bf16 = config.train.precision == "bf16"
+    """The loss of a micro-batch."""
+    velocity = velocity_of(network, config.train)
     mode, derivative = config.train.compile, value_and_tangent
     if mode is not None:
         derivative = compiled_derivative(network, config.loss.jvp, mode)
-
-    def velocity(z, t, r, **cond):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            return network(z, t, r, **cond)
 
     def loss(batch: MicroBatch) -> MeanFlowLoss:
         cond, v = batch.cond, None
@@ -54,6 +52,22 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> Lo
         return meanflow_loss(velocity, batch.x, batch.eps, batch.t, batch.r, config.loss, v, derivative, **cond)
 
     return loss
+
+
+def velocity_of(network: nn.Module, config: TrainConfig) -> Network:
+    """u(z, t, r, **cond), its blocks recomputed by the backward pass or under bf16 autocast if the recipe says so.
+
+    Bf16 is for the blocks, where the work is. Times, labels, the first and the last layer stay float32: rounded to
+    bf16, times near 1 would differ by 1/256 at least, and u and du/dt would carry more error than all blocks give them.
+    """
+    run_block = recomputed if config.activation_checkpointing else nn.Module.__call__
+    bf16 = config.precision == "bf16"
+
+    def in_precision(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return run_block(block, x, emb)
+
+    return functools.partial(network, run_block=in_precision)
 
 
 def _guided(u: Network, batch: MicroBatch, config: RunConfig) -> Tensor:
