@@ -1,4 +1,4 @@
-"""Feature extractors by name, and the arithmetic they run in.
+"""Feature extractors by name.
 
 Only the distance between features of `inception-v3-compat` (torch-fidelity's port of the 2015 TensorFlow
 graph) is a FID. Every other extractor's distance is called `fd-<name>`: lower is better, and it compares with
@@ -6,8 +6,7 @@ nothing but itself.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -20,6 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from eval.files import load_tensors, sha256_file
 from meanflow.errors import AssetError, UserError
+from meanflow.precision import exact_float32
 
 INCEPTION = "inception-v3-compat"
 # weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release.
@@ -134,29 +134,6 @@ def _own_factory(name: str) -> Factory:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"extractor {name!r} cannot be imported: {error}") from None
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Plain float32 arithmetic in all threads: no TF32, no cuDNN search. What was set before is set again
-    after.
-
-    torch-fidelity leaves `cudnn.allow_tf32`, on by default, as it finds it, so its features depend on the
-    caller.
-    """
-    backends = torch.backends
-    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [switch.fp32_precision for switch in switches]
-    benchmark = backends.cudnn.benchmark
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        backends.cudnn.benchmark = False
-        yield
-    finally:
-        backends.cudnn.benchmark = benchmark
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 # --- inception-v3-compat --------------------------------------------------------------------------

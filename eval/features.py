@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.extractors import Extractor, exact_float32
+from eval.extractors import Extractor
 from eval.files import NpzFile, write_npz
 from eval.processes import on_main
 from eval.sources import Source
 from eval.workers import each
 from meanflow.errors import AssetError, NumericsError
+from meanflow.precision import exact_float32
 from meanflow.progress import progress_bar
 from meanflow.training.distributed import Processes
 

@@ -35,7 +35,7 @@ from eval.subjects import Sampling, variants_of
 from meanflow.errors import UserError, run_main
 from meanflow.training.checkpoint import file_sha256
 from meanflow.training.config import config_from_tree
-from meanflow.training.distributed import Processes, start_processes, stop_processes
+from meanflow.training.distributed import Processes, leaving_processes, start_processes
 from meanflow.training.run_folder import RunFolder
 
 EXIT_CODES = """exit codes:
@@ -92,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     # Schedulers send SIGTERM: keep what is done, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if argv[:1] == ["make-ref"]:
-            return _make_ref(argv[1:])
-        if argv[:1] == ["selftest"]:
-            return _selftest(argv[1:])
-        return _score(parser().parse_args(argv))
+        with leaving_processes():
+            if argv[:1] == ["make-ref"]:
+                return _make_ref(argv[1:])
+            if argv[:1] == ["selftest"]:
+                return _selftest(argv[1:])
+            return _score(parser().parse_args(argv))
     finally:
         signal.signal(signal.SIGTERM, before)
-        stop_processes()
 
 
 def _interrupt(signum, frame):

@@ -17,7 +17,7 @@ from meanflow.errors import run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import list_checkpoints
 from meanflow.training.config import RunConfig, config_to_yaml, load_config
-from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
+from meanflow.training.distributed import Processes, leaving_processes, lost_peers_named, start_processes
 from meanflow.training.estimate import estimate
 from meanflow.training.loop import train
 from meanflow.training.network import build_network, count_parameters
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     config = load_config(args.recipe, args.set)
     run = RunFolder(args.out or Path("runs") / args.recipe.stem)
-    processes = start_processes(args.device)
-    try:
+    with leaving_processes():
+        processes = start_processes(args.device)
         if args.dry_run:
             report = estimate(config, processes)
             if processes.is_main:
@@ -51,8 +51,6 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         with warned_by_usr1(), lost_peers_named(processes):
             return job(config, run, processes)
-    finally:
-        stop_processes()
 
 
 def check(argv: list[str], world: int) -> None:

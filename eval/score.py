@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from eval.evaluate import evaluate
-from eval.extractors import Extractor, Options, create, exact_float32, prefetch
+from eval.extractors import Extractor, Options, create, prefetch
 from eval.files import default_cache, read_json, write_json
 from eval.generate import codec_of, open_checkpoint
 from eval.metrics import MetricOptions, Statistics, frechet
@@ -20,6 +20,7 @@ from eval.subjects import Sampling, variants_of
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
+from meanflow.precision import exact_float32
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
 from meanflow.training.config import RunConfig

@@ -20,7 +20,7 @@ from meanflow.errors import EXIT_NUMERICS, NumericsError, UserError, run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.config import load_config
-from meanflow.training.distributed import Processes, lost_peers_named, start_processes, stop_processes
+from meanflow.training.distributed import Processes, leaving_processes, lost_peers_named, start_processes
 from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.signals import warned_by_usr1
 
@@ -55,17 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(plan(tables, args.tflops or TFLOPS))
         return 0
-    processes = start_processes(args.device)
-    try:
+    codes = [0]
+    with leaving_processes():
+        processes = start_processes(args.device)
         with warned_by_usr1(), lost_peers_named(processes):
-            codes = [0]
             for table in tables:
                 out = args.out or Path("runs") / f"tables-{table.scale}"
                 codes.append(run_table(table, out, processes))
                 if codes[-1] not in (0, EXIT_NUMERICS):
                     return codes[-1]
-    finally:
-        stop_processes()
     return max(codes)
 
 

@@ -87,7 +87,7 @@ def guided_velocity(
     if not wanted or len(rows) == 0:
         return v
     rows = rows.to(z.device, non_blocking=True)
-    z, t, own = z[rows], t.to(z)[rows], class_labels[rows]
+    z, t, own = z[rows], t.to(z, non_blocking=True)[rows], class_labels[rows]
     labels = {"class": own, "null": torch.full_like(own, null)}
     others = {key: y[rows] for key, y in cond.items()}
     parts = [wanted] if together else [[name] for name in wanted]

@@ -40,6 +40,11 @@ class TimesConfig:
         if self.sampler == "v0" and (self.mu_r is not None or self.sigma_r is not None):
             raise ValueError("mu_r and sigma_r belong to sampler v1: set them to null for v0")
 
+    @property
+    def varies(self) -> bool:
+        """Whether the number of samples with r ≠ t differs from batch to batch."""
+        return self.share == "per_sample" or self.sampler == "v1"
+
 
 def sample_times(n: int, config: TimesConfig, generator: Generator) -> tuple[Tensor, Tensor]:
     """n pairs (t, r), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1.

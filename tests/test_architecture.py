@@ -8,12 +8,24 @@ from running import ROOT
 
 PACKAGES = ("unet", "dit", "meanflow", "eval", "tests")
 # Where imports come from → what of ours they may name, besides their own package. A later package may be missing.
-CORE = {"errors", "random", "progress", "objective", "times", "sampling", "guidance", "dual", "tangent", "recompute"}
+CORE = {
+    "errors",
+    "random",
+    "progress",
+    "objective",
+    "times",
+    "sampling",
+    "guidance",
+    "dual",
+    "tangent",
+    "recompute",
+    "precision",
+}
 ALLOWED = {
     "unet": set(),
     "dit": set(),
     "meanflow": {f"meanflow.{name}" for name in CORE},
-    "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.progress"},
+    "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.progress", "meanflow.precision"},
     "meanflow.training": {"meanflow", "unet", "dit"},
     "eval": {"meanflow", "unet", "dit"},
     "eval.tables": {"meanflow", "eval"},

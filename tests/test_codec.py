@@ -85,6 +85,16 @@ def test_decoding_in_parts_and_in_bf16(vae):
     assert 0 < difference < 0.05 * whole.abs().max()
 
 
+def test_the_vae_computes_in_exact_float32_whatever_training_set(vae, monkeypatch):
+    codec, found = opened(vae), []
+    for part in (codec.vae.encoder, codec.vae.decoder):
+        part.register_forward_pre_hook(lambda *_: found.append(torch.backends.cudnn.conv.fp32_precision))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    codec.encode(some_images())
+    codec.decode(torch.zeros(1, 4, 8, 8))
+    assert found == ["ieee", "ieee"] and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def test_images_that_the_vae_does_not_take(vae):
     with pytest.raises(ConfigError, match="images of 3 channels, not 1"):
         opened(vae).latent_shape(1, 16)

@@ -78,6 +78,10 @@ from unet import UNet
         ({"eval__steps": [1, 0]}, ["eval.steps"]),
         ({"eval__every": 0}, ["eval.every"]),
         (
+            {"train__compile": "default", "loss__jvp": "func", "times__share": "per_sample"},
+            ["train.compile", "times.share", "loss.jvp"],
+        ),
+        (
             {"train__compile": "default", "train__activation_checkpointing": True},
             ["train.activation_checkpointing", "train.compile"],
         ),

@@ -6,6 +6,7 @@ The pair of processes is started once and plays every scene; the tests compare w
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from meanflow.errors import UserError
 from meanflow.training import distributed
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
-from meanflow.training.distributed import GradientSum, Processes, start_processes, stop_processes
+from meanflow.training.distributed import GradientSum, Processes, leaving_processes, start_processes, stop_processes
 from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
@@ -304,6 +305,42 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert processes.all_reduce(x) is x and (x == 1).all() and not processes.any(False)
     processes.barrier()
     stop_processes()
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "expected"),
+    [("nccl", None, ["farewell"]), ("nccl", MemoryError, ["abort"]), ("gloo", MemoryError, ["farewell"])],
+)
+def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, backend, error, expected):
+    joined, done = [True], []
+
+    def leave(how):
+        joined[0] = False
+        done.append(how)
+
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: joined[0])
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: leave("farewell"))
+    monkeypatch.setattr(distributed, "_abort_process_group", lambda: leave("abort"))
+    with pytest.raises(error) if error else nullcontext(), leaving_processes():
+        if error:
+            raise error
+    assert done == expected
+
+
+def test_kept_gradients_stay_where_they_are_and_add_up(alone):
+    """What a CUDA graph needs: micro-batches are added to memory that is not its own."""
+    module, found = Odd(), []
+    for kept in (False, True):
+        total = GradientSum(module, alone, kept)
+        for _ in range(2):
+            total.zero()
+            where = module.conv.weight.grad
+            for _ in range(2):
+                module.loss(1, 0).backward()
+            assert module.conv.weight.grad is where or not kept
+        found.append(module.conv.weight.grad.clone())
+    assert torch.equal(*found) and found[0].abs().sum() > 0
 
 
 def test_one_process_has_no_gradient_where_there_is_none(alone):

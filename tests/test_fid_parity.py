@@ -21,9 +21,10 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.extractors import INCEPTION, Options, create, exact_float32
+from eval.extractors import INCEPTION, Options, create
 from eval.fid import main
 from eval.throughput import Images, random_inception
+from meanflow.precision import exact_float32
 
 Network = tf_inception.FeatureExtractorInceptionV3
 WORKER = Path(__file__).parent / "fid_worker.py"

@@ -2,11 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from meanflow.training.config import TrainConfig
 from meanflow.training.step import configure_numerics
@@ -31,8 +32,8 @@ class Spread:
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+    contenders: dict[Hashable, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[Hashable, list[float]]:
     """Seconds of each contender in each of `rounds` rounds, after one call each to warm up.
 
     Every other round goes through them backwards, so that what drifts (clock speed, a neighbour's load) meets all
@@ -40,7 +41,7 @@ def take_turns(
     """
     for work in contenders.values():
         work()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in contenders}
     for k in range(rounds):
         for name in list(contenders)[:: 1 if k % 2 == 0 else -1]:
             seconds[name].append(_timed(contenders[name], device))
@@ -65,12 +66,12 @@ def ratio(a: list[float], b: list[float]) -> Spread:
     return Spread.of([x / y for x, y in zip(a, b, strict=True)])
 
 
-def matrix_rate(train: TrainConfig, device: torch.device, rounds: int = 5) -> float:
-    """The most that this device was seen to multiply in this precision, FLOP/s: a square product or a convolution.
+def matrix_work(train: TrainConfig, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
+    """A square product and a convolution in this precision, each with its floating-point operations.
 
-    Both, because on CPUs they come from different libraries, and either may be the faster one.
+    The faster of them is the most that the device multiplies: on CPUs they come from different libraries, and either
+    may be the faster one.
     """
-    configure_numerics(train)
     cuda = device.type == "cuda"
     kind = torch.bfloat16 if train.precision == "bf16" else torch.float32
     n, images, channels = (8192, 128, 256) if cuda else (1536, 4, 256)
@@ -79,11 +80,16 @@ def matrix_rate(train: TrainConfig, device: torch.device, rounds: int = 5) -> fl
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     x, w = torch.randn(images, channels, 32, 32, device=device), torch.randn(channels, channels, 3, 3, device=device)
     x, w = (y.to(dtype=kind, memory_format=torch.channels_last) for y in (x, w))
-    flops = {"product": 2 * n**3, "convolution": 2 * images * 32 * 32 * channels**2 * 9}
-    with torch.no_grad():
-        work = {"product": lambda: a @ b, "convolution": lambda: F.conv2d(x, w, padding=1)}
-        seconds = take_turns(work, rounds, device)
-    return max(flops[name] / min(seconds[name]) for name in work)
+
+    def product() -> Tensor:
+        configure_numerics(train)
+        return a @ b
+
+    def convolution() -> Tensor:
+        configure_numerics(train)
+        return F.conv2d(x, w, padding=1)
+
+    return {"product": (product, 2 * n**3), "convolution": (convolution, 2 * images * 32 * 32 * channels**2 * 9)}
 
 
 def cpu_has_bf16() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_rate, ratio, take_turns
+from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
 from eval.generate import WEIGHTS, Model, generate, to_uint8
 from eval.latents_throughput import write_random_latents
@@ -135,9 +135,14 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Report:
         step = Step(setting, device, None if setting.way == PLAIN else state)
         state = state or (None if setting.way == PLAIN else step.state)
         steps[setting.name] = step
-    seconds = take_turns(steps, plan.rounds, device)
+    work = {s.precision: matrix_work(steps[s.name].config.train, device) for s in settings}
+    products = {(precision, kind): call for precision in work for kind, (call, _) in work[precision].items()}
+    seconds = take_turns({**steps, **products}, plan.rounds, device)
     ours = steps[settings[0].name]
-    rates = {s.precision: matrix_rate(steps[s.name].config.train, device) for s in settings}
+    rates = {
+        precision: max(flops / min(seconds[precision, kind]) for kind, (_, flops) in work[precision].items())
+        for precision in work
+    }
     config = plan.setting(plan.jvps[0], plan.precisions[0]).config()
     results = [_step_result(steps[s.name], seconds[s.name], rates[s.precision], memory.get(s.name)) for s in settings]
     parameters = count_parameters(ours.state.network)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meanflow.errors import AssetError, ConfigError
+from meanflow.precision import exact_float32
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs, which brings their latents to about unit variance
 SPACE_TO_DEPTH = "space-to-depth"
@@ -93,14 +94,15 @@ class AutoencoderCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        latent = self.vae.encode(to_network_range(images.to(self.device))).latent_dist
+        with exact_float32():
+            latent = self.vae.encode(to_network_range(images.to(self.device))).latent_dist
         return latent.mean, latent.std
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         images = []
         for part in z.split(self.decode_batch):
-            with torch.autocast(**self.autocast):
+            with exact_float32(), torch.autocast(**self.autocast):
                 images.append(self.vae.decode(part.to(self.device).float() / self.scale).sample.float())
         return torch.cat(images)
 

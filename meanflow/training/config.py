@@ -213,6 +213,11 @@ class RunConfig:
             )
         if self.train.activation_checkpointing and self.loss.jvp != "dual":
             raise ValueError("train.activation_checkpointing: torch.func has no such thing; set loss.jvp to dual")
+        if self.train.compile and self.loss.jvp == "func" and self.times.varies:
+            raise ValueError(
+                "train.compile with loss.jvp: func needs the same number of r ≠ t in each step: "
+                "set times.sampler to v0 and times.share to exact, or loss.jvp to dual"
+            )
         if self.guidance is not None and not self.model.classes:
             raise ValueError("guidance needs classes: set model.classes, or guidance to null")
         given = self.data.augment_labels if isinstance(self.data, DataConfig) else 0

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from meanflow.errors import IncompleteError
 
@@ -80,6 +81,23 @@ def stop_processes() -> None:
 
 
 @contextmanager
+def leaving_processes() -> Iterator[None]:
+    """What is done inside may join other processes (`start_processes`); after it this one leaves them.
+
+    After an error it does so at once: NCCL's farewell first waits for all that is queued, with peers that may be
+    waiting for this process, and its message would appear half an hour later (PyTorch pull request 141510).
+    """
+    try:
+        yield
+    except BaseException:
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+            _abort_process_group()
+        stop_processes()
+        raise
+    stop_processes()
+
+
+@contextmanager
 def lost_peers_named(processes: Processes) -> Iterator[None]:
     """Raises IncompleteError where a collective fails because another process has ended."""
     try:
@@ -97,16 +115,21 @@ class GradientSum:
 
     Each parameter's `.grad` is a view into a flat bucket, in the parameter's own memory format. Use, per step:
     `zero()`, all micro-batches but the last `backward()`, `arm()`, the last `backward()`, `finish()`.
-    With one process it only zeroes gradients.
+    With one process it only zeroes gradients: to None, or, if they are to be `kept`, in place. A CUDA graph needs that
+    to add up micro-batches, since what it returned itself is gone when it runs again.
     """
 
-    def __init__(self, network: nn.Module, processes: Processes):
+    def __init__(self, network: nn.Module, processes: Processes, kept: bool = False):
         self.world = processes.world
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.buckets: list[Tensor] = []
         if self.world == 1:
+            if kept:
+                for p in self.parameters:
+                    p.grad = torch.zeros_like(p)
+                self.buckets = [p.grad for p in self.parameters]
             return
         self.armed, self.works = False, []
-        self.buckets: list[Tensor] = []
         self.members: list[int] = []  # parameters in each bucket
         self.bucket_of: dict[Tensor, int] = {}
         group: list[Tensor] = []
@@ -131,11 +154,11 @@ class GradientSum:
         self.members.append(len(group))
 
     def zero(self) -> None:
-        if self.world == 1:
+        if self.buckets:
+            torch._foreach_zero_(self.buckets)
+        else:
             for p in self.parameters:
                 p.grad = None
-            return
-        torch._foreach_zero_(self.buckets)
 
     def arm(self) -> None:
         """The next backward pass is the step's last: reduce each bucket when its gradients are complete."""

@@ -47,7 +47,8 @@ def train(
             taken.write(run.path / "init.json")
     stream = BatchStream(dataset, config, processes)
     loss = make_loss(state.network, config, processes.device)
-    gradients = GradientSum(state.network, processes)
+    kept = config.train.compile is not None and stream.micro_steps > 1
+    gradients = GradientSum(state.network, processes, kept)
     if processes.is_main:
         rewind_metrics(run.metrics_file, state.step)
     wanted = config.logging.tensorboard and processes.is_main

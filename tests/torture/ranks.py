@@ -134,7 +134,7 @@ class Forgetful(GradientSum):
 def drifting(settings: dict, loser: int | None, processes: Processes, folder: Path) -> str:
     """The error of a run whose process `loser` is not synchronised; None: none of them is."""
     if loser is None:
-        loop.GradientSum = lambda network, _: GradientSum(network, Processes(0, 1, processes.device))
+        loop.GradientSum = lambda network, *_: GradientSum(network, Processes(0, 1, processes.device))
     else:
         loop.GradientSum, Forgetful.loser = Forgetful, loser
     try:
