@@ -104,7 +104,7 @@ class TrainConfig:
     batch: int  # images a step, over all processes
     microbatch: int | None  # images at once on one device (null: all of its share); the rest by accumulation
     steps: int
-    precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast)
+    precision: str  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast of the blocks)
     activation_checkpointing: bool  # keep only each block's input, compute it again in the backward pass
     compile: str | None  # mode of torch.compile for u and du/dt together, minutes at the start; null: eager
     deterministic: bool  # bit-equal runs on one machine, slower on GPUs
