@@ -44,7 +44,8 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callab
 
     world = failure.get("processes", 1)
     streams = [BatchStream(dataset, config, Processes(rank, world, device)) for rank in range(world)]
-    compute, gradients, sums = make_loss(network, config, device), GradientSum(network, alone), StepSums(device, False)
+    compute, sums = make_loss(network, config, device), StepSums(device, False)
+    gradients = GradientSum(network, alone, kept=config.train.compile is not None)
 
     def loss(batch):
         out = compute(batch)
