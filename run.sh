@@ -84,7 +84,7 @@ case "$name" in
     exec "$python" -m ruff format --check . ;;
 esac
 shift
-if [ -f "recipes/$name.yaml" ]; then job=(eval.run "recipes/$name.yaml")
+if [ -f "recipes/$name.yaml" ]; then job=(run "recipes/$name.yaml")
 elif [ "$name" = jvp_overhead ]; then job=(eval.table "recipes/tables/$name.yaml") NPROC=1  # timed alone
 elif [ -f "recipes/tables/$name.yaml" ]; then job=(eval.table "recipes/tables/$name.yaml")
 elif [ "$name" = tables ]; then job=(eval.table recipes/tables/{table,figure,jvp}*.yaml)
@@ -99,6 +99,6 @@ set_up "${needed[@]}"
 
 processes="${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 if [ "$processes" != 1 ]; then
-  exec "$python" -m eval.launch "$processes" "${job[@]}" "$@"  # torchrun's agent, with our exit codes
+  exec "$python" -m meanflow.training.launch "$processes" "${job[@]}" "$@"  # torchrun's agent, with our exit codes
 fi
 exec "$python" -m "${job[@]}" "$@"

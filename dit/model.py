@@ -20,7 +20,7 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of the network. The values of B/4 on 256² images stand behind each field.
+    """Shape of the network. The values of B/4 on 256² images stand in brackets.
 
     Raises ValueError, naming the field, for a shape that cannot be built.
     """
@@ -32,8 +32,8 @@ class DiTConfig:
     width: int  # (768)
     depth: int  # blocks (12)
     heads: int  # of attention (12)
-    conditioning: str  # what is embedded and summed, Table 1c (t,t-r)
-    classes: int  # number of classes, 0 for unconditional (1000)
+    conditioning: str = "t,t-r"  # what is embedded and summed, Table 1c
+    classes: int = 0  # number of classes, 0 for unconditional (1000)
 
     def __post_init__(self):
         if min(self.image_size, self.channels, self.patch, self.depth, self.heads) < 1:
@@ -56,9 +56,9 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """u(z, t, r): the average velocity over [r, t] at z.
+    """u(z, r, t): the average velocity over [r, t] at z.
 
-    `forward(z, t, r, class_labels=None)` with z (B, C, S, S), t and r (B,) in [0, 1] and class_labels (B,) int64
+    `forward(z, r, t, class_labels=None)` with z (B, C, S, S), r and t (B,) in [0, 1] and class_labels (B,) int64
     (None or the value `classes`: no class) gives (B, C, S, S), zero at initialisation. `run_block(block, x, c)`, if
     given, is how a block is called: whoever trains may save memory there, or compute in another precision. All else,
     the output too, keeps z's.
@@ -93,7 +93,7 @@ class DiT(nn.Module):
             nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
 
-    def embed(self, t: Tensor, r: Tensor, class_labels: Tensor | None) -> Tensor:
+    def embed(self, r: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """The conditioning vector (B, D): the sum of all embeddings."""
         times = {"t": t, "r": r, "t-r": t - r}
         c = sum(embed(times[name]) for name, embed in self.time_embed.items())
@@ -106,12 +106,12 @@ class DiT(nn.Module):
     def forward(
         self,
         z: Tensor,
-        t: Tensor,
         r: Tensor,
+        t: Tensor,
         class_labels: Tensor | None = None,
         run_block: Callable[..., Tensor] = nn.Module.__call__,
     ) -> Tensor:
-        c = self.embed(t, r, class_labels)  # (B, D)
+        c = self.embed(r, t, class_labels)  # (B, D)
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.positions  # (B, N, D), N tokens row by row
         for block in self.blocks:
             x = run_block(block, x, c)

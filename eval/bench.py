@@ -20,7 +20,7 @@ from eval.benchmark.rows import ROWS, Plan, Report, Row, measure
 from eval.benchmark.steps import SEPARATE
 from eval.tables.files import aligned
 from meanflow.errors import UserError, run_main, write_errors_named
-from meanflow.tangent import JVPS
+from meanflow.jvp import JVPS
 from meanflow.training.config import COMPILE_MODES, PRECISIONS, load_config
 from meanflow.training.run_folder import environment
 

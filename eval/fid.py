@@ -19,23 +19,23 @@ if __name__ == "__main__" and not __package__:  # run as a script: the repositor
 
 import torch
 
-from eval.evaluate import evaluate
-from eval.extractors import INCEPTION, METRICS, Extractor, Options, create, prefetch
-from eval.files import default_cache
-from eval.generate import open_checkpoint
-from eval.metrics import MetricOptions
-from eval.prepare import prepare, write_reference
-from eval.processes import agree, on_main
-from eval.protocol import FULL_N, Request, Variant, table
-from eval.references import NAMED, Reference, check_reference, open_reference
-from eval.score import training_images
-from eval.selftest import selftest
-from eval.sources import read_images
-from eval.subjects import Sampling, variants_of
+from eval.scoring.evaluate import evaluate
+from eval.scoring.extractors import INCEPTION, METRICS, Extractor, Options, create, prefetch
+from eval.scoring.files import default_cache
+from meanflow.training.model import open_checkpoint
+from eval.scoring.metrics import MetricOptions
+from eval.scoring.prepare import prepare, write_reference
+from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
+from eval.scoring.protocol import FULL_N, Request, Variant, table
+from eval.scoring.references import NAMED, Reference, check_reference, open_reference
+from eval.scoring.score import training_images
+from eval.scoring.selftest import selftest
+from eval.scoring.sources import read_images
+from eval.scoring.subjects import Sampling, variants_of
 from meanflow.errors import UserError, run_main
 from meanflow.training.checkpoint import file_sha256
 from meanflow.training.config import config_from_tree
-from meanflow.training.distributed import Processes, leaving_processes, start_processes
+from meanflow.training.processes import DistributedContext, leaving_distributed, start_distributed
 from meanflow.training.run_folder import RunFolder
 
 EXIT_CODES = """exit codes:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     # Schedulers send SIGTERM: keep what is done, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with leaving_processes():
+        with leaving_distributed():
             if argv[:1] == ["make-ref"]:
                 return _make_ref(argv[1:])
             if argv[:1] == ["selftest"]:
@@ -114,18 +114,18 @@ def _score(args: argparse.Namespace) -> int:
     if args.samples is not None and args.ref is None:
         raise UserError(f"--samples needs --ref: {', '.join(NAMED)}, images or statistics")
     metrics, steps = _metrics(args.metrics), _steps(args.steps)
-    processes = _processes(args)
-    agree(processes, {name: str(value) for name, value in vars(args).items()}, "arguments")
-    extractor = _extractor(args, metrics, processes)
+    ctx = _processes(args)
+    assert_same_on_all_ranks(ctx, {name: str(value) for name, value in vars(args).items()}, "arguments")
+    extractor = _extractor(args, metrics, ctx)
     if args.samples is not None:
-        variants, out, reference = _of_samples(args), Path("eval-results"), _reference(args, processes)
+        variants, out, reference = _of_samples(args), Path("eval-results"), _reference(args, ctx)
     else:
-        variants, out, reference = _of_checkpoint(args, steps, processes)
+        variants, out, reference = _of_checkpoint(args, steps, ctx)
     out = args.out or out
     options = MetricOptions(kid_subset_size=args.kid_subset_size)
     resume = "continue" if args.resume else "fresh"
     request = Request(metrics, extractor, reference, options, args.batch, out, args.cache, resume)
-    results = evaluate(request, variants, processes)
+    results = evaluate(request, variants, ctx)
     if results is not None:
         print(table(results))
         for text in dict.fromkeys(warning for item in results for warning in item["warnings"]):
@@ -134,10 +134,10 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _processes(args: argparse.Namespace) -> Processes:
+def _processes(args: argparse.Namespace) -> DistributedContext:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
-    return start_processes(args.device)
+    return start_distributed(args.device)
 
 
 def _metrics(text: str) -> tuple[str, ...]:
@@ -155,15 +155,15 @@ def _steps(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _extractor(args: argparse.Namespace, metrics: tuple[str, ...], processes: Processes) -> Extractor:
-    options = Options(processes.device, args.weights, not args.offline, args.allow_weights)
-    on_main(processes, lambda: prefetch(args.extractor, options))
+def _extractor(args: argparse.Namespace, metrics: tuple[str, ...], ctx: DistributedContext) -> Extractor:
+    options = Options(ctx.device, args.weights, not args.offline, args.allow_weights)
+    run_on_rank0(ctx, lambda: prefetch(args.extractor, options))
     return create(args.extractor, options, metrics)
 
 
-def _reference(args: argparse.Namespace, processes: Processes) -> Reference:
+def _reference(args: argparse.Namespace, ctx: DistributedContext) -> Reference:
     """Open --ref on the main process first, since that may download, then on the others."""
-    on_main(processes, lambda: open_reference(args.ref, args.data, not args.offline) and None)
+    run_on_rank0(ctx, lambda: open_reference(args.ref, args.data, not args.offline) and None)
     return open_reference(args.ref, args.data, not args.offline)
 
 
@@ -174,19 +174,19 @@ def _of_samples(args: argparse.Namespace) -> list[Variant]:
 
 
 def _of_checkpoint(
-    args: argparse.Namespace, steps: tuple[int, ...], processes: Processes
+    args: argparse.Namespace, steps: tuple[int, ...], ctx: DistributedContext
 ) -> tuple[list[Variant], Path, Reference]:
     """Variants, where their results go, and what they are compared with."""
     what = args.what or args.ckpt
     path, checkpoint = open_checkpoint(what)
     sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise)
-    variants = variants_of(path, checkpoint, file_sha256(path), args.ema, steps, sampling, processes.device)
+    variants = variants_of(path, checkpoint, file_sha256(path), args.ema, steps, sampling, ctx.device)
     run = what if what.is_dir() else path.parent.parent
     out = RunFolder(run).eval if RunFolder(run).config_file.exists() else Path("eval-results")
     if args.ref is not None:
-        return variants, out, _reference(args, processes)
+        return variants, out, _reference(args, ctx)
     config = config_from_tree(checkpoint.meta["config"], str(path))
-    on_main(processes, lambda: training_images(config, not args.offline) and None)
+    run_on_rank0(ctx, lambda: training_images(config, not args.offline) and None)
     return variants, out, training_images(config, not args.offline)
 
 
@@ -196,12 +196,12 @@ def _make_ref(argv: list[str]) -> int:
     out.add_argument("--out", type=Path, required=True, help="the npz to write")
     _common(out)
     args = out.parse_args(argv)
-    processes = _processes(args)
-    extractor = _extractor(args, ("fid",), processes)
-    reference = _reference(args, processes)
+    ctx = _processes(args)
+    extractor = _extractor(args, ("fid",), ctx)
+    reference = _reference(args, ctx)
     check_reference(reference, ("fid",), extractor, None, MetricOptions())
     work = args.cache / "work"
-    prepared = prepare(reference, ("fid",), extractor, args.cache, work, processes, "reference")
+    prepared = prepare(reference, ("fid",), extractor, args.cache, work, ctx, "reference")
     if prepared is not None:
         print(write_reference(args.out, reference, prepared, extractor))
         shutil.rmtree(work, ignore_errors=True)

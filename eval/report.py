@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from eval.files import write_atomically
+from eval.scoring.files import write_atomically
 from eval.reports import sections
 from eval.reports.figures import curves, has_checkpoint, read_picture, sample_grids
 from eval.reports.html import Html, figure, folded, image, join, page, section, table, tag
 from eval.reports.read import TABLE, RunRecord, TableRecord, one_seed_each, read_runs, read_table
 from meanflow.errors import AssetError, UserError, run_main
-from meanflow.progress import progress_bar
+from meanflow.logs import progress_bar
 from meanflow.training.run_folder import RunFolder
 
 STEPS = (1, 2, 8)

@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.generate import Model, generate, load_model, to_uint8
-from eval.grid import class_names, columns_of, grid, pil, row_labels
+from meanflow.training.model import Model, generate, load, to_uint8
+from eval.sampling.grid import captions, class_labels, columns_of, write
 from meanflow.errors import AssetError, UserError, run_main
-from meanflow.progress import progress_bar
+from meanflow.logs import progress_bar
 from meanflow.training.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(args.what, args.ema, device)
+    model = load(args.what, args.ema, device)
     out = args.out or _default_out(args, model)
     columns = columns_of(args.n, args.columns)
     labels = class_labels(model, args.n, args.label, columns if out.suffix == ".png" else None)
@@ -66,47 +66,6 @@ def _default_out(args: argparse.Namespace, model: Model) -> Path:
     folder = RunFolder(args.what).samples if args.what.is_dir() else args.what.parent
     label = "" if args.label is None else f"-label{args.label}"
     return folder / f"step{model.meta['step']:08d}-nfe{args.steps}-ema{model.ema}-seed{args.seed}{label}.png"
-
-
-def class_labels(model: Model, n: int, label: int | None, columns: int | None = None) -> Tensor | None:
-    """(n,) int64: `label`, or each class in turn, or in a grid of `columns` a class for each row.
-
-    None if unconditional. Raises UserError for a class that is not there.
-    """
-    classes = model.config.model.classes
-    if not classes:
-        if label is not None:
-            raise UserError(f"{model.path}: is unconditional, it knows no --label")
-        return None
-    if label is None:
-        return torch.arange(n) % classes if columns is None else row_labels(n, columns, classes)
-    if not 0 <= label < classes:
-        raise UserError(f"--label must be in 0 … {classes - 1}, got {label}")
-    return torch.full((n,), label)
-
-
-def captions(model: Model, labels: Tensor | None, columns: int) -> list[str] | None:
-    """What stands beside each row of a grid: the name of its class, where the run knows it and the row has just one."""
-    if labels is None or not model.meta["data"]["classes"]:
-        return None
-    names, rows = class_names(model.meta["data"]["classes"]), labels.split(columns)
-    return [names[row[0]] if (row == row[0]).all() else "" for row in rows]
-
-
-def write(images: Tensor, out: Path, columns: int | None = None, captions: list[str] | None = None) -> None:
-    """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs. Raises AssetError."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".png":
-            grid(images, columns_of(len(images), columns), captions).save(out)
-        elif out.suffix == ".npz":
-            np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
-        else:
-            out.mkdir(exist_ok=True)
-            for k, image in enumerate(images):
-                pil(image).save(out / f"{k:06d}.png")
-    except OSError as error:
-        raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

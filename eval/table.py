@@ -9,8 +9,7 @@ import os
 import warnings
 from pathlib import Path
 
-from eval.processes import on_main
-from eval.run import job
+from meanflow.training.processes import run_on_rank0
 from eval.tables import overhead
 from eval.tables.config import SCALES, RowConfig, Run, Table, load_table
 from eval.tables.plan import TFLOPS, plan
@@ -20,7 +19,7 @@ from meanflow.errors import EXIT_NUMERICS, NumericsError, UserError, run_main
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.config import load_config
-from meanflow.training.distributed import Processes, leaving_processes, lost_peers_named, start_processes
+from meanflow.training.processes import DistributedContext, leaving_distributed, lost_ranks_explained, start_distributed
 from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.signals import warned_by_usr1
 
@@ -56,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
             print(plan(tables, args.tflops or TFLOPS))
         return 0
     codes = [0]
-    with leaving_processes():
-        processes = start_processes(args.device)
-        with warned_by_usr1(), lost_peers_named(processes):
+    with leaving_distributed():
+        ctx = start_distributed(args.device)
+        with warned_by_usr1(), lost_ranks_explained(ctx):
             for table in tables:
                 out = args.out or Path("runs") / f"tables-{table.scale}"
-                codes.append(run_table(table, out, processes))
+                codes.append(run_table(table, out, ctx))
                 if codes[-1] not in (0, EXIT_NUMERICS):
                     return codes[-1]
     return max(codes)
@@ -87,14 +86,14 @@ def load(args: argparse.Namespace) -> list[Table | overhead.Overhead]:
     return tables
 
 
-def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes) -> int:
+def run_table(table: Table | overhead.Overhead, out: Path, ctx: DistributedContext) -> int:
     """Run what is missing and write the table; the exit code, not 0 where a signal stopped it or a row diverged."""
-    say = print if processes.is_main else (lambda line: None)
+    say = print if ctx.is_main else (lambda line: None)
     if isinstance(table, overhead.Overhead):
-        if processes.is_main:
-            say(overhead.run(table, out / table.name, processes.device))
+        if ctx.is_main:
+            say(overhead.run(table, out / table.name, ctx.device))
             say(f"\ntable     {out / table.name / 'table.md'}")
-        processes.barrier()
+        ctx.barrier()
         return 0
     results: dict[RowConfig, list[Result]] = {}
     diverged: list[Run] = []
@@ -102,15 +101,15 @@ def run_table(table: Table | overhead.Overhead, out: Path, processes: Processes)
         say(f"\n{table.name}: {run.row.name}, seed {run.seed} ({number} of {len(table.runs)})")
         folder = RunFolder(out / run.folder)
         try:
-            if on_main(processes, lambda run=run, folder=folder: is_done(run, folder)):
+            if run_on_rank0(ctx, lambda run=run, folder=folder: is_done(run, folder)):
                 say(f"done: {folder.path}")
-            elif code := job(run.recipe, folder, processes):
+            elif code := job(run.recipe, folder, ctx):
                 return code
-            results.setdefault(run.row, []).append(measure(table, run, folder, processes))
+            results.setdefault(run.row, []).append(measure(table, run, folder, ctx))
         except NumericsError as error:  # a bad setting may be the very point of a row
             say(f"no figures of {folder.path}: {error}")
             diverged.append(run)
-    if processes.is_main and results:
+    if ctx.is_main and results:
         lines = [Line(row, tuple(found)) for row, found in results.items()]
         where = out / table.name
         say(f"\n{write_table(table, lines, diverged, where, processes.device.type == 'cuda')}")

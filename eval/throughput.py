@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.extractors import INCEPTION, Options, create, find_inception_weights
-from eval.features import extract_features
-from eval.sources import ImagesSource
+from eval.scoring.extractors import INCEPTION, Options, create, find_inception_weights
+from eval.scoring.features import extract_features
+from eval.scoring.sources import ImagesSource
 from meanflow.errors import AssetError, run_main
-from meanflow.training.distributed import start_processes
+from meanflow.training.processes import start_distributed
 from meanflow.training.run_folder import environment
 
 LAYER = "2048"
@@ -64,15 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="Inception weights (torch-fidelity's cache, else random)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device)
+    ctx = start_distributed(args.device)
     images = torch.randint(0, 256, (args.n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         weights = _weights(args.weights, Path(scratch))
-        cuda = processes.device.type == "cuda"
+        cuda = ctx.device.type == "cuda"
         theirs = create_feature_extractor(
             INCEPTION, [LAYER], cuda=cuda, feature_extractor_weights_path=str(weights), verbose=False
         )
-        ours = create(INCEPTION, Options(processes.device, weights, allow_weights=True), ("fid",))
+        ours = create(INCEPTION, Options(ctx.device, weights, allow_weights=True), ("fid",))
         source = ImagesSource(images, "random images")
         seconds: dict[str, list[float]] = {"torch-fidelity": [], "eval.fid": []}
         for k in range(args.rounds):
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             work = Path(scratch) / str(k)
             seconds["eval.fid"].append(
-                _timed(lambda work=work: extract_features(source, ours, [LAYER], args.batch, work, processes))
+                _timed(lambda work=work: extract_features(source, ours, [LAYER], args.batch, work, ctx))
             )
     print(f"{args.n} images of 32×32, batch {args.batch}, median of {args.rounds}: {environment()}")
     medians = {name: statistics.median(values) for name, values in seconds.items()}

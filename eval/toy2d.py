@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.files import write_json
+from eval.scoring.files import write_json
 from eval.toy.mixture import Mixture, instantaneous
 from eval.toy.plot import draw
 from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from meanflow.errors import NumericsError, run_main, write_errors_named
-from meanflow.objective import interpolate
+from meanflow.objectives.meanflow import interpolate
 from meanflow.random import generator
 from meanflow.sampling import sample, time_grid
-from meanflow.tangent import Network
+from meanflow.jvp import Network
 from meanflow.training import settings
 from meanflow.training.config import config_to_yaml
 from meanflow.training.network import count_parameters

@@ -1,13 +1,16 @@
-"""Errors that are the user's to mend: one line each, with a documented exit code.
+"""Errors that the user can fix: one line each, with a documented exit code.
 
 A traceback is for bugs; whatever a user can cause is a `UserError`. Entry points catch it, print its single
 line to stderr and exit with `exit_code`. The table of codes is in the README.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from meanflow.logs import log_to_console
 
 EXIT_USAGE = 2
 EXIT_ASSET = 3
@@ -51,7 +54,7 @@ def write_errors_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise AssetError(f"{path}: cannot be written ({reason}); mend that and run the same command again") from error
+        raise AssetError(f"{path}: cannot be written ({reason}); fix that and run the same command again") from error
 
 
 def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
@@ -59,6 +62,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
 
     Ctrl-C outside the training loop (which saves first) ends with 130, as shells expect.
     """
+    log_to_console(int(os.environ.get("RANK", 0)))
     try:
         return main(argv) or 0
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The distribution p(t, r) of training times (Section 4.3 "Sampling Time Steps", Tables 1a and 1d)."""
+"""The distribution p(r, t) of training times (Section 4.3 "Sampling Time Steps", Tables 1a and 1d)."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,20 @@ from torch import Generator, Tensor
 
 SAMPLERS = ("v0", "v1")
 DISTRIBUTIONS = ("lognorm", "uniform")
-SHARES = ("exact", "per_sample")
 
 
 @dataclass(frozen=True)
-class TimesConfig:
-    """How (t, r) are drawn. Raises ValueError, naming the field, when one is out of range."""
+class Times:
+    """How (r, t) are drawn, by default as in Table 1. Raises ValueError, naming the field, when one is out of range."""
 
-    sampler: str  # v0: the paper's; v1: the official PyTorch release's later one
-    distribution: str  # lognorm or uniform
-    mu: float  # lognorm: t = sigmoid(mu + sigma·N(0, 1))
-    sigma: float
-    mu_r: float | None  # v1 only: r has a lognorm of its own
-    sigma_r: float | None
-    ratio: float  # share of samples with r ≠ t, in [0, 1]; 0 is Flow Matching
-    share: str  # exact: every batch has this share; per_sample: each sample is drawn
+    sampler: str = "v0"  # v0: the paper's; v1: the official PyTorch release's later one
+    distribution: str = "lognorm"  # lognorm or uniform
+    mu: float = -0.4  # lognorm: t = sigmoid(mu + sigma·N(0, 1))
+    sigma: float = 1.0
+    mu_r: float | None = None  # v1 only: r has a lognorm of its own
+    sigma_r: float | None = None
+    ratio: float = 0.25  # share of samples with r ≠ t, in [0, 1]; 0 is Flow Matching
+    stratified: bool = True  # every batch has exactly this share; false: each sample is drawn
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -30,8 +29,6 @@ class TimesConfig:
             raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {self.distribution!r}")
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio must be in [0, 1], got {self.ratio}")
-        if self.share not in SHARES:
-            raise ValueError(f"share must be one of {SHARES}, got {self.share!r}")
         if self.sigma <= 0 or (self.sigma_r is not None and self.sigma_r <= 0):
             raise ValueError("sigma and sigma_r must be > 0")
         own_r = self.mu_r is not None and self.sigma_r is not None
@@ -41,37 +38,35 @@ class TimesConfig:
             raise ValueError("mu_r and sigma_r belong to sampler v1: set them to null for v0")
 
     @property
-    def varies(self) -> bool:
+    def varying_rows(self) -> bool:
         """Whether the number of samples with r ≠ t differs from batch to batch."""
-        return self.share == "per_sample" or self.sampler == "v1"
+        return not self.stratified or self.sampler == "v1"
 
+    def sample(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (r, t), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1.
 
-def sample_times(n: int, config: TimesConfig, generator: Generator) -> tuple[Tensor, Tensor]:
-    """n pairs (t, r), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1.
+        Stratified, round(ratio·n) samples have r ≠ t, spread so evenly that any run of consecutive samples, and so
+        every process and micro-batch, has its share to within one. Under v1 fewer do: there r := t is set first and
+        r = min(t, r) is taken after, as the official release does.
+        """
+        a, b = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
+        uniform = torch.rand(n, generator=generator)
+        r_neq_t = spread(round(self.ratio * n), n) if self.stratified else uniform < self.ratio
+        if self.sampler == "v1":
+            t = torch.sigmoid(self.mu + self.sigma * a)
+            r = torch.minimum(t, torch.sigmoid(self.mu_r + self.sigma_r * b))
+        else:
+            a, b = self._to_unit_interval(a), self._to_unit_interval(b)
+            t, r = torch.maximum(a, b), torch.minimum(a, b)
+        return torch.where(r_neq_t, r, t), t
 
-    With share "exact", round(ratio·n) samples have r ≠ t, spread so evenly that any run of consecutive samples,
-    and so every process and micro-batch, has its share to within one. Under v1 fewer do: there r := t is set first
-    and r = min(t, r) is taken after, as the official release does.
-    """
-    a, b = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
-    coin = torch.rand(n, generator=generator)
-    moving = spread(round(config.ratio * n), n) if config.share == "exact" else coin < config.ratio
-    if config.sampler == "v1":
-        t = torch.sigmoid(config.mu + config.sigma * a)
-        r = torch.minimum(t, torch.sigmoid(config.mu_r + config.sigma_r * b))
-    else:
-        a, b = _to_unit_interval(a, config), _to_unit_interval(b, config)
-        t, r = torch.maximum(a, b), torch.minimum(a, b)
-    return t, torch.where(moving, r, t)
+    def _to_unit_interval(self, normal: Tensor) -> Tensor:
+        if self.distribution == "uniform":
+            return torch.special.ndtr(normal)
+        return torch.sigmoid(self.mu + self.sigma * normal)
 
 
 def spread(count: int, n: int) -> Tensor:
     """`count` of n positions, as evenly as can be: (n,) bool."""
     i = torch.arange(n)
     return (i + 1) * count // max(n, 1) > i * count // max(n, 1)
-
-
-def _to_unit_interval(normal: Tensor, config: TimesConfig) -> Tensor:
-    if config.distribution == "uniform":
-        return torch.special.ndtr(normal)
-    return torch.sigmoid(config.mu + config.sigma * normal)

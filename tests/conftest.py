@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import Started, start, tiny_config, write_images, write_recipe
 
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 
@@ -20,13 +20,13 @@ def _one_thread():
 
 
 @pytest.fixture
-def alone() -> Processes:
-    return Processes(0, 1, torch.device("cpu"))
+def alone() -> DistributedContext:
+    return DistributedContext(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def launch(tmp_path) -> Callable[..., Started]:
-    """`launch("eval.run", arguments…)` starts an entry point in a process of its own."""
+    """`launch("run", arguments…)` starts an entry point in a process of its own."""
     started: list[Started] = []
 
     def launch(module: str, *arguments: Any, **how: Any) -> Started:
@@ -66,7 +66,7 @@ def trained(tmp_path_factory) -> RunFolder:
     run, config = RunFolder(tmp_path_factory.mktemp("trained") / "run"), tiny_config(ema__decays=[0.9, 0.5])
     run.path.mkdir()
     run.open_for(config)
-    train(config, run, Processes(0, 1, torch.device("cpu")), say=lambda line: None)
+    train(config, run, DistributedContext(0, 1, torch.device("cpu")), say=lambda line: None)
     return run
 
 
@@ -79,5 +79,5 @@ def trained_with_classes(tmp_path_factory) -> RunFolder:
     run = RunFolder(folder / "run")
     run.path.mkdir()
     run.open_for(config)
-    train(config, run, Processes(0, 1, torch.device("cpu")), say=lambda line: None)
+    train(config, run, DistributedContext(0, 1, torch.device("cpu")), say=lambda line: None)
     return run

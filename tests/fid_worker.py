@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-import eval.features
+import eval.scoring.features
 from eval.fid import main
 from meanflow.errors import run_main
 
@@ -22,7 +22,7 @@ SMALL_INPUT = 75  # the smallest that Inception takes: a sixteenth of the arithm
 
 def die_after(count: int) -> None:
     written = 0
-    write = eval.features.write_npz
+    write = eval.scoring.features.write_npz
 
     def counted(path, arrays):
         nonlocal written
@@ -31,7 +31,7 @@ def die_after(count: int) -> None:
         if written == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    eval.features.write_npz = counted
+    eval.scoring.features.write_npz = counted
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def write_images(folder: Path, count: int = 22, classes: int = 2, size: int = 8)
 # --- processes -------------------------------------------------------------------------------------------------
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.run", "eval.sample", "eval.fid", "running"])
+context.set_forkserver_preload(["torch", "sklearn.datasets", "run", "eval.sample", "eval.fid", "running"])
 
 
 class Started:

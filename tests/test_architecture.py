@@ -25,7 +25,7 @@ ALLOWED = {
     "unet": set(),
     "dit": set(),
     "meanflow": {f"meanflow.{name}" for name in CORE},
-    "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.progress", "meanflow.precision"},
+    "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.logs", "meanflow.precision"},
     "meanflow.training": {"meanflow", "unet", "dit"},
     "eval": {"meanflow", "unet", "dit"},
     "eval.tables": {"meanflow", "eval"},

@@ -15,7 +15,7 @@ from eval.benchmark.rows import Row
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, WAYS, Setting, Step, peak_memory
 from meanflow.errors import UserError
 from meanflow.training.batches import BatchStream
-from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.loop import open_data
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.state import fresh_state
@@ -97,7 +97,7 @@ def test_no_graph_is_kept_for_the_tangent(step):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_never_waits_for_the_gpu_between_reads_of_the_metrics(tmp_path):
     config = tiny_config(model__attention=[8], model__dropout=0.2, logging__flush_every=50)
-    alone = Processes(0, 1, torch.device("cuda"))
+    alone = DistributedContext(0, 1, torch.device("cuda"))
     configure_numerics(config.train)
     state, data = fresh_state(config, alone.device), open_data(config, alone, lambda line: None)
     stream, loss = BatchStream(data, config, alone), make_loss(state.network, config, alone.device)

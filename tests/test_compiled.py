@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from running import comparable_metrics
 from torch import nn
 
-from meanflow.objective import LossConfig, meanflow_loss
-from meanflow.tangent import value_and_tangent
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
+from meanflow.jvp import value_and_tangent
 from meanflow.training.compiled import compiled_derivative
 from unet.layers import GroupNorm
 

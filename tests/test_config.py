@@ -20,7 +20,7 @@ from meanflow.training.config import (
     load_config,
     refuse_changed_run,
 )
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.network import build_network, count_parameters
 from unet import UNet
 
@@ -268,7 +268,7 @@ def test_config_classes_are_frozen_and_have_no_defaults():
 
 
 def test_processes_is_main():
-    assert Processes(0, 2, torch.device("cpu")).is_main and not Processes(1, 2, torch.device("cpu")).is_main
+    assert DistributedContext(0, 2, torch.device("cpu")).is_main and not DistributedContext(1, 2, torch.device("cpu")).is_main
 
 
 def test_the_recipe_list_of_run_sh_has_every_recipe():

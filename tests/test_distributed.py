@@ -18,7 +18,7 @@ from meanflow.errors import UserError
 from meanflow.training import distributed
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
-from meanflow.training.distributed import GradientSum, Processes, leaving_processes, start_processes, stop_processes
+from meanflow.training.processes import GradientSum, DistributedContext, leaving_distributed, start_distributed, stop_distributed
 from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
@@ -56,13 +56,13 @@ def scene(name: str, images: Path, **changes):
     return tiny_config(**settings)
 
 
-def gradients_of(config, processes: Processes) -> dict[str, torch.Tensor]:
+def gradients_of(config, ctx: DistributedContext) -> dict[str, torch.Tensor]:
     """The gradient of step 1 of a fresh network, twice in a row (the second time buckets are used again)."""
-    state = fresh_state(config, processes.device)
-    total, loss = GradientSum(state.network, processes), make_loss(state.network, config, processes.device)
-    stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, processes)
+    state = fresh_state(config, ctx.device)
+    total, loss = GradientSum(state.network, ctx), make_loss(state.network, config, ctx.device)
+    stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, ctx)
     for _ in range(2):
-        sums = StepSums(processes.device, False)
+        sums = StepSums(ctx.device, False)
         accumulate(loss, stream.micro_batches(1), stream.micro_steps, config.train.batch, total, sums)
     return {name: p.grad.clone() for name, p in state.network.named_parameters()}
 
@@ -101,25 +101,25 @@ def play(rank: int, port: int, folder: Path, images: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    processes = start_processes("cpu")
-    found = {"processes": (processes.rank, processes.world), "gradients": {}, "weights": {}}
+    ctx = start_distributed("cpu")
+    found = {"processes": (ctx.rank, ctx.world), "gradients": {}, "weights": {}}
 
     def run(config, name: str, hook=None) -> int:
         place, said = RunFolder(folder / name), []
-        if processes.is_main:
+        if ctx.is_main:
             place.open_for(config)
-        code = train(config, place, processes, said.append, hook)
+        code = train(config, place, ctx, said.append, hook)
         found[f"said {name}"] = said
         return code
 
     for name in SCENES:
-        found["gradients"][name] = gradients_of(scene(name, images), processes)
+        found["gradients"][name] = gradients_of(scene(name, images), ctx)
         found[f"code {name}"] = run(scene(name, images), name)
 
     found["odd"] = []
     module = Odd()
     distributed.BUCKET_BYTES, usual = 24, distributed.BUCKET_BYTES  # several buckets even for this one
-    total = GradientSum(module, processes)
+    total = GradientSum(module, ctx)
     found["buckets"] = len(total.buckets)
     for _ in range(2):
         total.zero()
@@ -136,14 +136,14 @@ def play(rank: int, port: int, folder: Path, images: Path) -> None:
         run(scene("labels", images, **{**dropout, "train__steps": steps}), "resumed")
     run(scene("plain", images, train__steps=2), "two then one")
 
-    def stop_one(run, config, state, processes) -> None:
-        if state.step == 3 and processes.rank == 1:
+    def stop_one(run, config, state, ctx) -> None:
+        if state.step == 3 and ctx.rank == 1:
             signal.raise_signal(signal.SIGINT)
 
     found["stopped"] = run(scene("plain", images, train__steps=50, eval__every=1), "stopped", stop_one)
 
-    def spoil_one(run, config, state, processes) -> None:
-        if state.step == 2 and processes.rank == 1:
+    def spoil_one(run, config, state, ctx) -> None:
+        if state.step == 2 and ctx.rank == 1:
             with torch.no_grad():
                 next(state.network.parameters()).view(-1)[0] = float("nan")
 
@@ -151,12 +151,12 @@ def play(rank: int, port: int, folder: Path, images: Path) -> None:
         run(scene("plain", images, train__steps=50, eval__every=2), "spoilt", spoil_one)
     except UserError as error:
         found["spoilt"] = str(error), error.exit_code
-    found["any"] = [processes.any(rank == 1), processes.any(True), processes.any(False)]
+    found["any"] = [ctx.any(rank == 1), ctx.any(True), ctx.any(False)]
     try:
         run(scene("plain", images, train__batch=13), "uneven")
     except UserError as error:
         found["uneven"] = str(error)
-    stop_processes()
+    stop_distributed()
     torch.save(found, folder / f"rank{rank}.pt")
 
 
@@ -186,7 +186,7 @@ def pair(tmp_path_factory, images):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, images):
     """The same scenes by one process, made when asked for."""
-    folder, alone = tmp_path_factory.mktemp("single"), Processes(0, 1, torch.device("cpu"))
+    folder, alone = tmp_path_factory.mktemp("single"), DistributedContext(0, 1, torch.device("cpu"))
 
     def single(name: str, **changes) -> RunFolder:
         run, config = RunFolder(folder / f"{name}{changes}"), scene(name, images, **changes)
@@ -298,13 +298,13 @@ def test_a_batch_that_does_not_divide_is_refused_by_all(pair):
 def test_one_process_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    processes = start_processes("cpu")
-    assert (processes.rank, processes.world, processes.is_main) == (0, 1, True)
+    ctx = start_distributed("cpu")
+    assert (ctx.rank, ctx.world, ctx.is_main) == (0, 1, True)
     assert not torch.distributed.is_initialized()
     x = torch.ones(2)
-    assert processes.all_reduce(x) is x and (x == 1).all() and not processes.any(False)
-    processes.barrier()
-    stop_processes()
+    assert ctx.all_reduce(x) is x and (x == 1).all() and not ctx.any(False)
+    ctx.barrier()
+    stop_distributed()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_process_that_fails_does_not_wait_for_its_peers(monkeypatch, backend, 
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: leave("farewell"))
     monkeypatch.setattr(distributed, "_abort_process_group", lambda: leave("abort"))
-    with pytest.raises(error) if error else nullcontext(), leaving_processes():
+    with pytest.raises(error) if error else nullcontext(), leaving_distributed():
         if error:
             raise error
     assert done == expected

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit import DiT, DiTConfig
 from dit.model import CONDITIONINGS, unpatchify
-from meanflow.objective import LossConfig, meanflow_loss
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 from meanflow.recompute import recomputed
-from meanflow.tangent import JVPS, value_and_tangent
+from meanflow.jvp import JVPS, value_and_tangent
 
 # depth, width, heads, patch; parameters (M) and forward GFLOPs of Table 4, where L/2's 119.0 is XL/2's: DiT's own
 # paper has 80.7 for it.

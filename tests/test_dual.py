@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from meanflow.dual import Dual, NoTangentRule
-from meanflow.tangent import value_and_tangent
+from meanflow.jvp import value_and_tangent
 
 B, N = 5, 3  # batch, and the rows that have a tangent
 

@@ -6,9 +6,9 @@ from fid_helpers import fid
 from sklearn.datasets import load_digits
 
 from eval import extractors, selftest
-from eval.extractors import INCEPTION, Extractor, Options, create, register
-from eval.metrics import Statistics, frechet
-from eval.references import reference_of_images
+from eval.scoring.extractors import INCEPTION, Extractor, Options, create, register
+from eval.scoring.metrics import Statistics, frechet
+from eval.scoring.references import reference_of_images
 from meanflow.errors import AssetError, UserError
 
 CPU = Options(torch.device("cpu"))

@@ -21,7 +21,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.extractors import INCEPTION, Options, create
+from eval.scoring.extractors import INCEPTION, Options, create
 from eval.fid import main
 from eval.throughput import Images, random_inception
 from meanflow.precision import exact_float32
@@ -107,9 +107,9 @@ def start(args: list[str], world: int = 1, die_after: int = 0) -> list[subproces
     return [subprocess.Popen(command, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[int]:
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    codes = [process.returncode for process in processes]
+def finish(ctx: list[subprocess.Popen]) -> list[int]:
+    errors = [process.communicate(timeout=400)[1] for process in ctx]
+    codes = [process.returncode for process in ctx]
     assert all(code in (0, -9) for code in codes), errors
     return codes
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 from fid_helpers import fid, grey_blobs, result, tiny_config, tiny_run
 
-import eval.features
+import eval.scoring.features
 from eval import processes, score
-from eval.generate import load_model
-from eval.protocol import FULL_N, table
-from eval.subjects import GeneratedSource, Sampling, draw_labels
+from meanflow.training.model import load_model
+from eval.scoring.protocol import FULL_N, table
+from eval.scoring.subjects import GeneratedSource, Sampling, draw_labels
 from meanflow.errors import AssetError, UserError
 from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import to_checkpoint
 
 N = 40
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +98,7 @@ def test_labels():
 
 def interrupt_after(batches: int, patch) -> None:
     """Ctrl-C once `batches` more batches of features are written."""
-    left, write = batches, eval.features.write_npz
+    left, write = batches, eval.scoring.features.write_npz
 
     def counted(path, arrays):
         nonlocal left
@@ -107,7 +107,7 @@ def interrupt_after(batches: int, patch) -> None:
         left -= 1
         write(path, arrays)
 
-    patch.setattr(eval.features, "write_npz", counted)
+    patch.setattr(eval.scoring.features, "write_npz", counted)
 
 
 def test_interrupted_and_resumed(run, tmp_path, capsys):
@@ -205,9 +205,9 @@ def test_a_full_disk(run, tmp_path, capsys, monkeypatch):
 
 
 def test_processes_with_other_arguments_stop(monkeypatch):
-    monkeypatch.setattr(processes, "gather", lambda _, value: [value, {**value, "n": "7"}])
+    monkeypatch.setattr(ctx, "gather", lambda _, value: [value, {**value, "n": "7"}])
     with pytest.raises(UserError, match=r"process 1 got other arguments than process 0 \(n differ\)"):
-        processes.agree(Processes(0, 2, torch.device("cpu")), {"n": "8", "seed": "0"}, "arguments")
+        ctx.assert_same_on_all_ranks(DistributedContext(0, 2, torch.device("cpu")), {"n": "8", "seed": "0"}, "arguments")
 
 
 def test_samples_need_a_reference_and_the_network_their_channels(tmp_path, capsys):

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dit import DiT, DiTConfig
-from meanflow.tangent import value_and_tangent
+from meanflow.jvp import value_and_tangent
 
 
 def small_dit() -> DiT:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.grid import class_names, columns_of, grid, row_labels
+from eval.sampling.grid import class_names, columns_of, grid, row_labels
 
 
 @pytest.mark.parametrize(

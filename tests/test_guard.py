@@ -14,7 +14,7 @@ from meanflow.random import derive_seed
 from meanflow.training import guard as module
 from meanflow.training import loop, replay
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.failure import record_failure
 from meanflow.training.guard import Guard, NotFinite, check, checksum
 from meanflow.training.loop import train
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path, alone, monk
 # --- what the run's own check finds ----------------------------------------------------------------------------
 
 
-class Peers(Processes):
+class Peers(DistributedContext):
     """This process and others whose tables are given: what an all-reduce of the check would sum."""
 
     def __init__(self, *others: dict):
@@ -135,7 +135,7 @@ def peer(step: int = 7, **changed) -> dict:
 
 def test_equal_processes_pass():
     check(groups(), 7, Peers(peer(), peer()))
-    check(groups(), 7, Processes(0, 1, CPU))
+    check(groups(), 7, DistributedContext(0, 1, CPU))
 
 
 def test_one_bit_of_one_weight_names_the_process():
@@ -161,18 +161,18 @@ def test_an_average_that_is_not_finite_is_named_with_its_tensor(bad):
     mine = groups()
     mine["EMA 0.9"]["a"][1, 2, 0, 1] = bad
     with pytest.raises(NotFinite, match=r"^step 8: EMA 0\.9 not finite \(such as a; 1 of 1 tensors\)") as caught:
-        check(mine, 7, Processes(0, 1, CPU))
+        check(mine, 7, DistributedContext(0, 1, CPU))
     assert caught.value.step == 8
     with pytest.raises(NotFinite, match=r"^step 8: EMA 0\.9 not finite"):
         check(groups(), 7, Peers(peer(**{"EMA 0.9": mine["EMA 0.9"]})))
 
 
 def test_large_numbers_are_finite():
-    check({"weights": {"a": torch.tensor([3e38, -3e38])}}, 0, Processes(0, 1, CPU))
+    check({"weights": {"a": torch.tensor([3e38, -3e38])}}, 0, DistributedContext(0, 1, CPU))
 
 
 def spoil_average_at(step: int):
-    def evaluate(run, config, state, processes):
+    def evaluate(run, config, state, ctx):
         if state.step == step:
             next(iter(state.ema.averages[0.9].values())).view(-1)[0] = math.nan
 
@@ -208,7 +208,7 @@ def failed(tmp_path, alone, images):
     rich |= {"data__path": images, "data__augment_p": 0.5, "data__flip": True, "train__microbatch": 3}
     run = RunFolder(tmp_path)
 
-    def spoil(run, config, state, processes):
+    def spoil(run, config, state, ctx):
         if state.step == 4:
             with torch.no_grad():
                 next(state.network.parameters()).view(-1)[0] = math.nan
@@ -234,7 +234,7 @@ def replayed(capsys, *arguments) -> tuple[int, str]:
 def test_a_run_that_stops_leaves_the_step_to_replay(failed, capsys, images):
     run, message = failed
     file = run.failures / "00000005.json"
-    assert f"python -m meanflow.training.replay {file} makes the step again" in message
+    assert f"python -m eval.replay {file} makes the step again" in message
     noted = json.loads(file.read_text())["failure"]
     assert noted["step"] == 5 and noted["processes"] == 1 and len(noted["images"]) == 8
     assert set(noted["seeds"]) == {"times", "noise", "augment"} and file.stat().st_size < 10_000

@@ -8,7 +8,7 @@ from gaussian import Gaussian
 from running import guided_latent_changes, tiny_config
 
 from meanflow.guidance import GuidanceConfig, drop_labels, guided_velocity
-from meanflow.objective import LossConfig, interpolate, meanflow_loss
+from meanflow.objectives.meanflow import LossConfig, interpolate, meanflow_loss
 from meanflow.times import TimesConfig, sample_times
 from meanflow.training.estimate import random_batch
 from meanflow.training.network import build_network

@@ -6,9 +6,9 @@ import pytest
 import torch
 from running import comparable_metrics, guided_latent_changes, tiny_config
 
-from eval.agreement import agreement
-from eval.generate import generate, load_model, noise
-from eval.score import preflight
+from eval.scoring.classifier import agreement
+from meanflow.training.model import generate, load_model, noise
+from eval.scoring.score import preflight
 from meanflow.data import batch_indices, open_latents
 from meanflow.data.codec import SpaceToDepth
 from meanflow.data.prepare_latents import prepare
@@ -16,7 +16,7 @@ from meanflow.errors import AssetError, ConfigError
 from meanflow.random import generator
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def latents(tmp_path, changes):
 
 
 def batches(latents, step=0, world=1, rank=0, **changes):
-    stream = BatchStream(latents, tiny_config(**changes), Processes(rank, world, CPU))
+    stream = BatchStream(latents, tiny_config(**changes), DistributedContext(rank, world, CPU))
     return list(stream.micro_batches(step))
 
 
@@ -73,7 +73,7 @@ def test_processes_and_micro_batches_see_the_same_samples(latents, changes):
 
 def test_steps_may_be_taken_in_any_order(latents, changes):
     """What was read ahead is used for its own step alone."""
-    stream = BatchStream(latents, tiny_config(**changes), Processes(0, 1, CPU))
+    stream = BatchStream(latents, tiny_config(**changes), DistributedContext(0, 1, CPU))
     forward = [next(stream.micro_batches(step)).x for step in range(3)]
     assert torch.equal(next(stream.micro_batches(1)).x, forward[1])
     assert torch.equal(next(stream.micro_batches(0)).x, forward[0])
@@ -156,7 +156,7 @@ def test_agreement_counts_what_the_classifier_says(train_tiny, changes, monkeypa
         pick = [int((real.labels == label).nonzero()[k % 100]) for k, label in enumerate(labels)]
         return real.images[pick].float() / 127.5 - 1
 
-    monkeypatch.setattr("eval.agreement.generate", ideal)
+    monkeypatch.setattr("eval.scoring.classifier.generate", ideal)
     assert agreement(model, 200, 1).agreement > 0.99
 
 

@@ -9,7 +9,7 @@ from running import guided_latent_changes, tiny_config
 
 from eval.benchmark.steps import plain_loss, plain_tangent, separate_tangent
 from meanflow.dual import value_of
-from meanflow.tangent import JVPS
+from meanflow.jvp import JVPS
 from meanflow.training.estimate import random_batch
 from meanflow.training.network import build_network
 from meanflow.training.step import make_loss

@@ -9,8 +9,8 @@ from fid_helpers import fid, grey_blobs
 
 from eval import official
 from eval.convert import main as convert
-from eval.generate import generate, load_model
-from eval.official import EMAS, official_names, read_official
+from meanflow.training.model import generate, load_model
+from meanflow.training.official import EMAS, official_names, read_official
 from meanflow.errors import AssetError, run_main
 from meanflow.training.config import config_to_yaml, load_config
 from unet import UNet
@@ -121,7 +121,7 @@ def test_an_official_file_is_scored_as_it_is(narrow, tmp_path):
 
 
 def means(options, metrics):
-    from eval.extractors import Extractor
+    from eval.scoring.extractors import Extractor
 
     return Extractor("means", lambda x: {"m": x.float().mean((2, 3))}, {"fid": "m"}, options.device)
 

@@ -180,7 +180,7 @@ def test_a_run_is_judged_from_one_file(run, tmp_path, capsys, real_curves):
     assert "train.steps: 4 → 6" in page.sections["Starts and environment"]
     assert "fewer than 50,000 samples" in page.sections["Scores"] and "not Inception's" in page.sections["Scores"]
     assert "multipliers:" in page.sections["Configuration"] and "details" in page.open + [n for n, _ in page.tags]
-    assert f"eval.run {folder / 'config.yaml'}" in page.sections["Make it again"]
+    assert f"run {folder / 'config.yaml'}" in page.sections["Make it again"]
     assert "fid.py RUN --steps 1" in page.sections["Make it again"]
     assert "Failures" not in page.sections
     *grids, drawn = page.pictures()
@@ -279,7 +279,7 @@ def test_failures_are_shown_with_their_replay(run, tmp_path):
     file.write_text('{"failure": {"step": 5, "what": "loss nan"}}')
     page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
     assert "step 5: loss nan" in page.sections["Failures"]
-    assert f"python -m meanflow.training.replay {file}" in page.sections["Failures"]
+    assert f"python -m eval.replay {file}" in page.sections["Failures"]
 
 
 # --- several runs ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`run.sh` and `python -m eval.run` as people use them: in processes of their own, stopped, killed, and run again."""
+"""`run.sh` and `python -m run` as people use them: in processes of their own, stopped, killed, and run again."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from meanflow.errors import run_main
 from meanflow.training import settings
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
 from meanflow.training.config import load_config
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import warned_by_usr1
@@ -67,16 +67,16 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     run = tmp_path_factory.mktemp("unbroken")
-    train_in(run, Processes(0, 1, torch.device("cpu")), **RICH)
+    train_in(run, DistributedContext(0, 1, torch.device("cpu")), **RICH)
     return run
 
 
-def train_in(run: Path, processes: Processes, **changes) -> None:
-    """The training part of `eval.run`, in this process."""
+def train_in(run: Path, ctx: DistributedContext, **changes) -> None:
+    """The training part of `run`, in this process."""
     folder, config = RunFolder(run), tiny_config(**changes)
     with folder.lock():
         folder.open_for(config)
-        assert train(config, folder, processes, say=lambda line: None) == 0
+        assert train(config, folder, ctx, say=lambda line: None) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(capsys, recipe, tmp_path):
-    """`refused("--set", …, code=2)`: the one line that `eval.run` ends with."""
+    """`refused("--set", …, code=2)`: the one line that `run` ends with."""
 
     def refused(*arguments, code: int = 2, path: Path | None = None) -> str:
         arguments = [str(argument) for argument in (path or recipe(), *arguments, "--device", "cpu")]
@@ -103,7 +103,7 @@ def refused(capsys, recipe, tmp_path):
 
 def test_the_whole_job_leaves_what_the_readme_promises(recipe, launch, tmp_path):
     run = tmp_path / "runs" / "new"
-    done = launch("eval.run", recipe(train__steps=30), "--out", run).wait()
+    done = launch("run", recipe(train__steps=30), "--out", run).wait()
     assert done.code == 0, done.err
     assert len(re.split("[\r\n]", done.err)) < 20, f"a log is flooded:\n{done.err}"
     assert "1-NFE fd-pixels" in done.out and "floor: two halves of the real images" in done.out
@@ -119,7 +119,7 @@ def test_the_whole_job_leaves_what_the_readme_promises(recipe, launch, tmp_path)
     assert start["processes"] == 1 and start["torch"] == torch.__version__ and start["changed"] == {}
 
     before = {path: path.read_bytes() for path in (run / "checkpoints").iterdir()}
-    again = launch("eval.run", recipe(train__steps=30), "--out", run, "--set", "sample.count=4").wait()
+    again = launch("run", recipe(train__steps=30), "--out", run, "--set", "sample.count=4").wait()
     assert again.code == 0 and "continuing from step 30" in again.out and "1-NFE fd-pixels" in again.out
     assert {path: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
     assert steps_of(run) == list(range(1, 31))
@@ -138,7 +138,7 @@ def test_own_images_with_classes_and_scores_on_the_way(recipe, launch, tmp_path)
         eval__every=3,
         eval__steps=[1, 2],
     )
-    done = launch("eval.run", file, "--out", tmp_path / "run").wait()
+    done = launch("run", file, "--out", tmp_path / "run").wait()
     assert done.code == 0, done.err
     assert "2-NFE fd-pixels" in done.out
     results = [json.loads(path.read_text()) for path in (tmp_path / "run" / "eval").glob("*.json")]
@@ -151,10 +151,10 @@ def test_own_images_with_classes_and_scores_on_the_way(recipe, launch, tmp_path)
 
 def test_ctrl_c_saves_says_how_to_continue_and_ends_with_130(recipe, launch, tmp_path, alone):
     run = tmp_path / "run"
-    first = launch("eval.run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run)
+    first = launch("run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run)
     until(lambda: last_step(run) >= 3)
 
-    second = launch("eval.run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run).wait()
+    second = launch("run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run).wait()
     assert (
         second.code == 3 and second.error == f"error: {run}: another process is training here; wait for it or stop it"
     )
@@ -177,7 +177,7 @@ def test_ctrl_c_saves_says_how_to_continue_and_ends_with_130(recipe, launch, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_warning_saves_and_ends_with_143(recipe, launch, tmp_path, number):
     run = tmp_path / "run"
-    first = launch("eval.run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run)
+    first = launch("run", recipe(train__steps=100_000, checkpoint__every=1000), "--out", run)
     until(lambda: last_step(run) >= 2)
     first.send(number)
     assert first.wait().code == 143 and "stopped and saved at step" in first.out
@@ -191,7 +191,7 @@ def test_a_full_disk_while_saving_loses_nothing(launch, tmp_path, unbroken, alon
     (kept,) = list_checkpoints(run / "checkpoints")
     content, size = kept.read_bytes(), kept.stat().st_size
 
-    full = launch("eval.run", file, "--out", run, largest_file=size // 2).wait()
+    full = launch("run", file, "--out", run, largest_file=size // 2).wait()
     assert full.code == 3
     assert full.error.startswith(f"error: {run}/checkpoints/00000006.pt: the checkpoint of step 6 could not be saved")
     assert "File too large" in full.error and "run the same command again" in full.error
@@ -237,7 +237,7 @@ def test_a_run_folder_that_became_read_only(refused, run_of):
 
 def test_numbers_that_explode_end_with_4(recipe, launch, tmp_path):
     file = recipe(optim__lr=1e25, optim__warmup_steps=0, checkpoint__every=1, train__steps=20)
-    done = launch("eval.run", file, "--out", tmp_path / "run").wait()
+    done = launch("run", file, "--out", tmp_path / "run").wait()
     assert done.code == 4 and re.search(r"error: step \d+: .*last good checkpoint is .*optim\.lr", done.error)
     assert not (tmp_path / "run" / "samples.png").exists()
 
@@ -450,7 +450,7 @@ def test_run_sh_with_two_processes(tmp_path):
 )
 def test_a_launch_that_cannot_be_is_one_line_not_one_a_process(recipe, capsys, arguments, part):
     count, *options = arguments
-    assert run_main(launch_module.main, [count, "eval.run", str(recipe()), *options]) == 2
+    assert run_main(launch_module.main, [count, "run", str(recipe()), *options]) == 2
     assert part in one_line(capsys.readouterr().err)
 
 

@@ -15,7 +15,7 @@ from running import ROOT, guided_latent_changes, tiny_config, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.report import main as report
-from eval.run import main as run_main_of_recipe
+from run import main as run_main_of_recipe
 from eval.table import main
 from eval.tables import config as table_config
 from eval.tables.config import PaperConfig, RowConfig, Table, load_table
@@ -24,14 +24,14 @@ from eval.tables.plan import passes
 from eval.tables.results import Line, Mean, Result, against_paper, process_seconds
 from meanflow.errors import AssetError, ConfigError, UserError
 from meanflow.training.config import load_config
-from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.estimate import forward_multiply_adds, random_batch
 from meanflow.training.metrics import StepSums
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, make_loss
 
 TABLES = sorted(path for path in (ROOT / "recipes" / "tables").glob("*.yaml") if not is_one(path))
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 GUIDED = ["guidance.omega_prime=2", "guidance.omega=2"]
 SCALE = {"base": "tiny", "set": ["train.steps=9"], "each": None, "seeds": [0], "agreement": True, "note": "Is tiny."}
 TREE = {

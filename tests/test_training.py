@@ -18,7 +18,7 @@ from meanflow.training import loop
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from meanflow.training.config import EmaConfig, OptimConfig
-from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.ema import Ema
 from meanflow.training.guard import Guard
 from meanflow.training.loop import train
@@ -61,7 +61,7 @@ def rich(tmp_path_factory):
 def unbroken(tmp_path_factory, rich) -> RunFolder:
     run, config = RunFolder(tmp_path_factory.mktemp("unbroken")), tiny_config(**rich(train__steps=STEPS))
     run.open_for(config)
-    assert train(config, run, Processes(0, 1, torch.device("cpu")), say=lambda line: None) == 0
+    assert train(config, run, DistributedContext(0, 1, torch.device("cpu")), say=lambda line: None) == 0
     return run
 
 
@@ -90,7 +90,7 @@ class StopAt:
     def __init__(self, step: int, number: int = signal.SIGINT):
         self.step, self.number = step, number
 
-    def __call__(self, run, config, state, processes) -> None:
+    def __call__(self, run, config, state, ctx) -> None:
         if state.step == self.step:
             signal.raise_signal(self.number)
 
@@ -210,7 +210,7 @@ def test_the_course_depends_on_the_seed(train_tiny):
 def test_evaluation_is_called_on_schedule_with_a_saved_checkpoint(tmp_path, alone):
     calls = []
 
-    def evaluate(run, config, state, processes):
+    def evaluate(run, config, state, ctx):
         assert load_checkpoint(checkpoint_path(run.checkpoints, state.step)).meta["step"] == state.step
         calls.append((state.step, state.network.training))
         state.network.eval()
@@ -237,7 +237,7 @@ def assert_finite(checkpoint) -> None:
 def poison_at(step: int, value: float, kept: dict):
     """After `step` was saved, spoil one weight; keep what the others and the optimiser were."""
 
-    def evaluate(run, config, state, processes):
+    def evaluate(run, config, state, ctx):
         if state.step == step:
             with torch.no_grad():
                 next(state.network.parameters()).view(-1)[0] = value
@@ -361,19 +361,19 @@ def test_averages_follow_their_closed_form():
         assert ema.averages[decay]["p"].item() == pytest.approx(d * (d * 1 + (1 - d) * 3) + (1 - d) * 5, rel=1e-6)
 
 
-def parts_of_step(config, dataset: Dataset, processes: Processes, step: int):
-    return list(BatchStream(dataset, config, processes).micro_batches(step))
+def parts_of_step(config, dataset: Dataset, ctx: DistributedContext, step: int):
+    return list(BatchStream(dataset, config, ctx).micro_batches(step))
 
 
 @pytest.mark.parametrize(("world", "microbatch"), [(1, None), (1, 3), (2, None), (2, 2), (5, 1)])
 def test_a_step_sees_the_same_samples_however_it_is_divided(rich, world, microbatch):
     config = tiny_config(**rich(train__microbatch=microbatch))
     dataset = load_dataset(config.data, 8, 3)
-    whole = parts_of_step(tiny_config(**rich(train__microbatch=None)), dataset, Processes(0, 1, torch.device("cpu")), 2)
+    whole = parts_of_step(tiny_config(**rich(train__microbatch=None)), dataset, DistributedContext(0, 1, torch.device("cpu")), 2)
     divided = [
         part
         for rank in range(world)
-        for part in parts_of_step(config, dataset, Processes(rank, world, torch.device("cpu")), 2)
+        for part in parts_of_step(config, dataset, DistributedContext(rank, world, torch.device("cpu")), 2)
     ]
     if microbatch:
         assert all(len(part.t) <= microbatch for part in divided)
@@ -395,7 +395,7 @@ def test_a_step_sees_the_same_samples_however_it_is_divided(rich, world, microba
 
 def test_batches_are_a_function_of_the_step_alone(rich):
     config = tiny_config(**rich())
-    dataset, alone = load_dataset(config.data, 8, 3), Processes(0, 1, torch.device("cpu"))
+    dataset, alone = load_dataset(config.data, 8, 3), DistributedContext(0, 1, torch.device("cpu"))
     stream = BatchStream(dataset, config, alone)
     first = list(stream.micro_batches(3))
     list(stream.micro_batches(0))
@@ -463,7 +463,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(rich, alone, microba
 def test_a_line_of_metrics_is_what_it_says(train_tiny):
     """Recomputed from the first batch and the initial network, by hand."""
     run = train_tiny(train__steps=1)
-    config, alone = tiny_config(train__steps=1), Processes(0, 1, torch.device("cpu"))
+    config, alone = tiny_config(train__steps=1), DistributedContext(0, 1, torch.device("cpu"))
     network = fresh_state(config, alone.device).network
     (part,) = BatchStream(load_dataset(config.data, 8, 1), config, alone).micro_batches(0)
     out = make_loss(network, config, alone.device)(part)
@@ -520,7 +520,7 @@ def test_the_wait_for_the_device_counts_as_training_time_and_pauses_do_not(tmp_p
     clock = [0.0]
     monkeypatch.setattr("meanflow.training.metrics.time.perf_counter", lambda: clock[0])
 
-    class Busy(Processes):
+    class Busy(DistributedContext):
         def all_reduce(self, x):
             clock[0] += 3.0  # the device is done
             return x

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meanflow.objective import LossConfig, meanflow_loss
-from meanflow.tangent import value_and_tangent
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
+from meanflow.jvp import value_and_tangent
 from unet import UNet, UNetConfig
 from unet.embedding import CONDITIONINGS, SinusoidalEmbedding
 
@@ -160,7 +160,7 @@ def test_equals_an_independent_plain_implementation(config):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_jvp_against_central_differences(conditioning):
-    from meanflow.tangent import value_and_tangent
+    from meanflow.jvp import value_and_tangent
 
     config = replace(SMALL, conditioning=conditioning)
     net, (z, t, r) = small(config), inputs(config)

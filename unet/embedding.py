@@ -8,7 +8,7 @@ from torch import Tensor, nn
 CONDITIONINGS = ("t,t-r", "t,r", "t,r,t-r", "t-r")  # the four rows of Table 1c
 
 
-def time_variables(t: Tensor, r: Tensor, conditioning: str) -> list[Tensor]:
+def time_variables(r: Tensor, t: Tensor, conditioning: str) -> list[Tensor]:
     """The variables that are embedded, each (B,), in the order of `conditioning` (one of `CONDITIONINGS`)."""
     named = {"t": t, "r": r, "t-r": t - r}
     return [named[name] for name in conditioning.split(",")]

@@ -18,7 +18,7 @@ from unet.layers import ZERO_INIT, Block, Conv, GroupNorm, linear
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the network. The paper's CIFAR-10 values stand behind each field.
+    """Shape of the network. The paper's CIFAR-10 values stand in brackets.
 
     Raises ValueError, naming the field, for a shape that cannot be built.
     """
@@ -30,10 +30,10 @@ class UNetConfig:
     multipliers: tuple[int, ...]  # width multiplier at each resolution, largest first (2, 2, 2)
     blocks: int  # residual blocks a level on the way down, one more on the way up (4)
     attention: tuple[int, ...]  # resolutions with self-attention (16,)
-    dropout: float  # (0.2)
-    conditioning: str  # what is embedded, Table 1c (t,t-r)
-    augment_labels: int  # width of the augmentation-label input, 0 for none (6)
-    classes: int  # number of classes, 0 for unconditional (0)
+    dropout: float = 0.0  # (0.2)
+    conditioning: str = "t,t-r"  # what is embedded, Table 1c
+    augment_labels: int = 0  # width of the augmentation-label input, 0 for none (6)
+    classes: int = 0  # number of classes, 0 for unconditional
 
     def __post_init__(self):
         if self.image_size < 1 or self.channels < 1 or self.blocks < 1:
@@ -64,9 +64,9 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """u(z, t, r): the average velocity over [r, t] at z.
+    """u(z, r, t): the average velocity over [r, t] at z.
 
-    `forward(z, t, r, augment_labels=None, class_labels=None)` with z (B, C, H, W), t and r (B,) in [0, 1],
+    `forward(z, r, t, augment_labels=None, class_labels=None)` with z (B, C, H, W), r and t (B,) in [0, 1],
     augment_labels (B, A) (None: zeros, as at sampling) and class_labels (B,) int64 (None or the value `classes`:
     unconditional) gives (B, C, H, W). `run_block(block, x, emb)`, if given, is how a block is called: whoever trains
     may save memory there, or compute in another precision. All else, the output too, keeps z's.
@@ -122,9 +122,9 @@ class UNet(nn.Module):
         self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(current)
         self.dec[f"{size}x{size}_aux_conv"] = Conv(current, config.channels, 3, init=ZERO_INIT)
 
-    def embed(self, t: Tensor, r: Tensor, augment_labels: Tensor | None, class_labels: Tensor | None) -> Tensor:
+    def embed(self, r: Tensor, t: Tensor, augment_labels: Tensor | None, class_labels: Tensor | None) -> Tensor:
         """The conditioning vector (B, 4·width)."""
-        variables = time_variables(t, r, self.config.conditioning)
+        variables = time_variables(r, t, self.config.conditioning)
         emb = torch.cat([self.map_time(x) for x in variables], dim=1)  # (B, 2·width·variables)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
@@ -138,13 +138,13 @@ class UNet(nn.Module):
     def forward(
         self,
         z: Tensor,
-        t: Tensor,
         r: Tensor,
+        t: Tensor,
         augment_labels: Tensor | None = None,
         class_labels: Tensor | None = None,
         run_block: Callable[..., Tensor] = nn.Module.__call__,
     ) -> Tensor:
-        emb = self.embed(t, r, augment_labels, class_labels)
+        emb = self.embed(r, t, augment_labels, class_labels)
         x, skips = z, []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("conv") else run_block(layer, x, emb)

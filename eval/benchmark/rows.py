@@ -10,13 +10,13 @@ import torch
 
 from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
-from eval.generate import WEIGHTS, Model, generate, to_uint8
+from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
 from eval.latents_throughput import write_random_latents
 from meanflow.data import Dataset, Latents, LatentsConfig
 from meanflow.data.latents import verify
 from meanflow.training.batches import BatchStream
 from meanflow.training.config import RunConfig
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.network import count_parameters
 from meanflow.training.state import TrainState
@@ -200,7 +200,7 @@ def _against_plain(plan: Plan, seconds: dict, kind: str, precision: str, bound: 
 def _outside(config: RunConfig, state: TrainState, step_seconds: float, reach: Reach, device: torch.device) -> Row:
     """What the training loop does besides forward, backward and optimiser, each part timed alone: an upper bound,
     since on a GPU much of it overlaps with the step."""
-    alone, batch, numbers = Processes(0, 1, device), config.train.batch, torch.rand(config.train.batch, device=device)
+    alone, batch, numbers = DistributedContext(0, 1, device), config.train.batch, torch.rand(config.train.batch, device=device)
     steps = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
         stream = BatchStream(_random_data(config, Path(folder)), _without_classes(config), alone)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.objective import TANGENTS, LossConfig, MeanFlowLoss, interval_first
-from meanflow.tangent import Network
+from meanflow.objectives.meanflow import TANGENTS, LossConfig, MeanFlowLoss, interval_first
+from meanflow.jvp import Network
 from meanflow.training.batches import MicroBatch
 from meanflow.training.config import RunConfig, load_config
-from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.estimate import random_batch
 from meanflow.training.metrics import StepSums, peak_memory_mb
 from meanflow.training.state import TrainState, fresh_state
@@ -71,7 +71,7 @@ class Step:
             self.state.network.to(memory_format=torch.contiguous_format)
             self.batch = in_default_format(self.batch)
         self.loss = self._loss(setting.compile)
-        self.gradients = GradientSum(self.state.network, Processes(0, 1, device))
+        self.gradients = GradientSum(self.state.network, DistributedContext(0, 1, device))
 
     def _loss(self, compile: str | None) -> LossFunction:
         network, config, way = self.state.network, self.config, self.setting.way

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eval.generate import WEIGHTS, Model, generate, model_of, open_checkpoint, to_uint8
-from eval.grid import columns_of, grid
+from meanflow.training.model import WEIGHTS, Model, generate, model_of, open_checkpoint, to_uint8
+from eval.sampling.grid import columns_of, grid
 from eval.plot import plot
 from eval.sample import captions, class_labels
 from meanflow.errors import AssetError, NumericsError

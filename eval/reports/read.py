@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.extractors import INCEPTION
-from eval.files import read_json
+from eval.scoring.extractors import INCEPTION
+from eval.scoring.files import read_json
 from eval.plot import run_names
-from eval.protocol import FULL_N
+from eval.scoring.protocol import FULL_N
 from eval.tables.config import SCALES
 from meanflow.errors import AssetError
 from meanflow.training import settings

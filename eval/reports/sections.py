@@ -38,7 +38,7 @@ def hardware(run: RunRecord) -> str:
     if not run.starts:
         return "hardware that was not recorded"
     last = run.starts[-1]
-    processes = last.get("processes", 1)
+    ranks = last.get("processes", 1)
     return f"{last.get('device', 'an unknown device')}, {processes} process{'' if processes == 1 else 'es'}"
 
 
@@ -210,7 +210,7 @@ def failures(runs: tuple[RunRecord, ...]) -> Html | None:
         tag(
             "li",
             f"{run.name}, step {failure.step:,}: {failure.what}. ",
-            tag("code", f"python -m meanflow.training.replay {failure.file}"),
+            tag("code", f"python -m eval.replay {failure.file}"),
         )
         for run in runs
         for failure in run.failures
@@ -225,7 +225,7 @@ def configs(runs: tuple[RunRecord, ...]) -> Html:
 
 def commands(runs: tuple[RunRecord, ...], this_page: str) -> Html:
     """What makes the runs, and this page, again."""
-    again = [f"python -m eval.run {run.folder.config_file} --out NEW_FOLDER" for run in runs]
+    again = [f"python -m run {run.folder.config_file} --out NEW_FOLDER" for run in runs]
     recorded = [tag("li", f"{run.name}: ", tag("code", run.command)) for run in runs if run.command]
     return join(
         tag("p", "A run’s config.yaml is complete, so it makes the same run again:"),

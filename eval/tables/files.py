@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.files import write_atomically
+from eval.scoring.files import write_atomically
 
 
 def write_files(

@@ -8,15 +8,15 @@ from typing import Any
 
 from scipy.stats import ttest_ind
 
-from eval.agreement import Agreement, agreement, agreement_file
-from eval.files import read_json, write_json
-from eval.generate import load_model
-from eval.processes import on_main
-from eval.score import score_run
+from eval.scoring.classifier import Agreement, agreement, agreement_file
+from eval.scoring.files import read_json, write_json
+from meanflow.training.model import load_model
+from meanflow.training.processes import run_on_rank0
+from eval.scoring.score import score_run
 from eval.tables.config import RowConfig, Run, Table
 from meanflow.errors import AssetError
 from meanflow.training.checkpoint import checkpoint_path
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.metrics import read_metrics
 from meanflow.training.run_folder import RunFolder, starts
 
@@ -79,7 +79,7 @@ class Line:
         return Mean.of(judged) if judged else None
 
 
-def measure(table: Table, run: Run, folder: RunFolder, processes: Processes) -> Result:
+def measure(table: Table, run: Run, folder: RunFolder, ctx: DistributedContext) -> Result:
     """The figures of a finished run; scores that stand in its folder are read. Raises AssetError or NumericsError."""
     every, last = run.recipe.checkpoint.milestone_every, run.recipe.train.steps
     steps = [*range(every, last, every), last] if table.config.milestones else [last]
@@ -88,13 +88,13 @@ def measure(table: Table, run: Run, folder: RunFolder, processes: Processes) -> 
     for step in steps:
         at = f" at {step:,} steps" if table.config.milestones else ""
         what = checkpoint_path(folder.checkpoints, step)
-        for result in score_run(folder, run.recipe, processes, say=lambda text: None, what=what):
+        for result in score_run(folder, run.recipe, ctx, say=lambda text: None, what=what):
             nfe, comparable = result["protocol"]["nfe"], result["comparable"]
             for name, value in result["metrics"].items():
                 mark = "" if comparable or name.startswith("fd-") else " (not comparable)"
                 figures[f"{nfe}-NFE {name}{mark}{at}"] = value
             cautions |= dict.fromkeys(result["warnings"])
-    found = on_main(processes, lambda: _agreement(folder, last, processes)) if table.settings.agreement else None
+    found = run_on_rank0(ctx, lambda: _agreement(folder, last, ctx)) if table.settings.agreement else None
     begun = starts(folder)
     hours = process_seconds(begun, read_metrics(folder.metrics_file)) / 3600
     where = f"{begun[-1]['device']}, {begun[-1]['cores']} cores, torch {begun[-1]['torch']}"
@@ -115,8 +115,8 @@ def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) ->
     return total
 
 
-def _agreement(run: RunFolder, step: int, processes: Processes) -> Agreement:
-    model = load_model(checkpoint_path(run.checkpoints, step), None, processes.device)
+def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> Agreement:
+    model = load_model(checkpoint_path(run.checkpoints, step), None, ctx.device)
     file, samples = agreement_file(run, model, AGREEMENT_STEPS), model.config.eval.samples
     if file.exists():
         tree = read_json(file)
@@ -124,7 +124,7 @@ def _agreement(run: RunFolder, step: int, processes: Processes) -> Agreement:
             try:
                 return Agreement(**tree)
             except TypeError as error:
-                raise AssetError(f"{file}: is not a result of eval.agreement ({error}); move it away") from error
+                raise AssetError(f"{file}: is not a result of eval.scoring.classifier ({error}); move it away") from error
     found = agreement(model, samples, AGREEMENT_STEPS)
     write_json(file, asdict(found))
     return found
@@ -149,12 +149,12 @@ def against_paper(table: Table, lines: list[Line]) -> list[str]:
             continue
         if ours is not known[0] and not _differ(ours, known[0], label):
             text += " (not significantly)"
-        agree, against = 0, []
+        assert_same_on_all_ranks, against = 0, []
         for a, b in combinations(known, 2):
             if a.row.paper[k] == b.row.paper[k] or not _differ(a, b, label):
                 continue
             if a.figure(label).mean < b.figure(label).mean:
-                agree += 1
+                assert_same_on_all_ranks += 1
             else:
                 against.append(f"{b.row.name} is better than {a.row.name}")
         pairs = math.comb(len(known), 2)

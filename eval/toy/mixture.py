@@ -19,7 +19,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Generator, Tensor
 
-from meanflow.tangent import Network
+from meanflow.jvp import Network
 
 TOLERANCE = 1e-9  # of the ODE solver, absolute and relative: far below any error that training leaves
 

@@ -18,10 +18,10 @@ from eval.plot import COLOURS
 from eval.toy.mixture import Mixture, instantaneous
 from eval.toy.train import DrawConfig, Toy2dConfig
 from meanflow.errors import write_errors_named
-from meanflow.objective import interpolate
+from meanflow.objectives.meanflow import interpolate
 from meanflow.random import generator
 from meanflow.sampling import sample, time_grid
-from meanflow.tangent import Network
+from meanflow.jvp import Network
 
 BLUE, ORANGE, GREEN, GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]  # v, trained u, true u, noise
 DATA = "#b03a3a"

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 
 from eval.toy.mixture import Mixture
 from meanflow.errors import NumericsError
-from meanflow.objective import LossConfig, interpolate, meanflow_loss
-from meanflow.progress import progress_bar
+from meanflow.objectives.meanflow import LossConfig, interpolate, meanflow_loss
+from meanflow.logs import progress_bar
 from meanflow.random import derive_seed, generator
 from meanflow.times import TimesConfig, sample_times
 from meanflow.training.config import EmaConfig
@@ -130,7 +130,7 @@ class PlaneNetwork(nn.Module):
 
 
 class Training:
-    """Algorithm 1 on the mixture, a step at a time, by `meanflow.objective`."""
+    """Algorithm 1 on the mixture, a step at a time, by `meanflow.objectives.meanflow`."""
 
     def __init__(self, config: Toy2dConfig, mixture: Mixture):
         self.config, self.mixture = config, mixture

@@ -16,7 +16,7 @@ from PIL import Image
 from meanflow.data.layout import arrange
 from meanflow.data.sources import Parts, Source, open_source
 from meanflow.errors import AssetError
-from meanflow.progress import progress_bar
+from meanflow.logs import progress_bar
 
 MODES = {1: "L", 3: "RGB"}  # channels → Pillow's mode
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -55,13 +55,13 @@ def load_images(
 
 
 @contextmanager
-def decoders(processes: int = 1) -> Iterator[ThreadPoolExecutor]:
+def decoders(ctx: int = 1) -> Iterator[ThreadPoolExecutor]:
     """Threads that decode images, with Pillow's guard against decompression bombs an error.
 
     Args:
         processes: how many processes of this machine decode at the same time.
     """
-    workers = max(1, min(8, (os.cpu_count() or 1) // processes))
+    workers = max(1, min(8, (os.cpu_count() or 1) // ctx))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore", UserWarning)  # odd metadata, of which Pillow speaks but copes
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -13,7 +13,7 @@ from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of, sha256_
 from meanflow.data.config import SPLITS
 from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest, sha256_json
 from meanflow.errors import AssetError, ConfigError
-from meanflow.progress import progress_bar
+from meanflow.logs import progress_bar
 
 SOURCES = ("folder", "digits")
 PRECISIONS = ("fp32", "bf16")
@@ -28,15 +28,15 @@ class LatentsConfig:
     """
 
     kind: Literal["latents"]
-    source: str  # "folder" (class folders of images at `images`) or "digits" (scikit-learn's 8×8 handwritten digits)
-    images: str | None  # folder, zip or tar of class folders to prepare from; null: the latents are there already
     latents: str  # folder of the shards and their manifest
-    split: str  # "train" or "test"
     vae: str  # a name on the Hugging Face hub, a folder in diffusers' layout, or "space-to-depth" (no weights)
     image_size: int  # pixels a side of the images that are encoded
-    flip: bool  # take the mirror image's latent on a fair coin (the official release's use_flip never flips)
-    decode_precision: str  # "fp32" or "bf16", of the VAE's decoder at sampling
-    decode_batch: int  # images decoded at once
+    source: str = "folder"  # class folders of images at `images`; or "digits" (scikit-learn's 8×8 handwritten digits)
+    images: str | None = None  # folder, zip or tar of class folders to prepare from; null: the latents are there already
+    split: str = "train"  # "train" or "test"
+    flip: bool = False  # take the mirror image's latent with probability ½ (the official release's use_flip never does)
+    decode_precision: str = "fp32"  # "fp32" or "bf16", of the VAE's decoder at sampling
+    decode_batch: int = 32  # images decoded at once
 
     def __post_init__(self):
         if self.kind != "latents":

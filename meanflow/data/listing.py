@@ -40,7 +40,7 @@ class Listing:
 
 
 @contextmanager
-def open_listing(config: LatentsConfig, processes: int) -> Iterator[Listing]:
+def open_listing(config: LatentsConfig, ctx: int) -> Iterator[Listing]:
     """The images that `config` names; `processes` of this machine read them at the same time.
 
     Raises:
@@ -50,7 +50,7 @@ def open_listing(config: LatentsConfig, processes: int) -> Iterator[Listing]:
     if config.source == "digits":
         yield _digits(config)
         return
-    with open_source(config.images, "data.images") as source, decoders(processes) as pool:
+    with open_source(config.images, "data.images") as source, decoders(ctx) as pool:
         classes_of = dict(arrange(source, config.split))
         if None in classes_of.values():
             raise AssetError(f"{source.where}: has images but no class folders, which latents need: one folder a class")

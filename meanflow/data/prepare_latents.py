@@ -41,7 +41,7 @@ from meanflow.data.shards import (
     write_manifest,
 )
 from meanflow.errors import AssetError, ConfigError, run_main, write_errors_named
-from meanflow.progress import progress_bar
+from meanflow.logs import progress_bar
 
 SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
 BATCH = 32

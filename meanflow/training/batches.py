@@ -1,51 +1,53 @@
 """What a step trains on, as a function of (seed, step) alone.
 
-Everything random is drawn for the *global* batch and each process takes its rows, so image order, noise and (t, r)
+Everything random is drawn for the *global* batch and each process takes its rows, so image order, noise and (r, t)
 of every sample are the same on any number of processes and in a resumed run. Only dropout masks belong to
 (step, process, micro-batch).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from meanflow.data import Dataset, Latents, batch_indices
+from meanflow.data import Dataset, Latents, augment, batch_indices
 from meanflow.errors import ConfigError
 from meanflow.guidance import drop_labels
-from meanflow.objective import interval_first
+from meanflow.jvp import rows_first
 from meanflow.random import derive_seed, generator
-from meanflow.times import sample_times
 from meanflow.training.config import RunConfig
-from meanflow.training.distributed import Processes
-from meanflow.training.feeds import ImageFeed, LatentFeed
+from meanflow.training.processes import DistributedContext
+
+Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the global batch → x (b, C, H, W), labels
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """b samples, those with r ≠ t first.
 
-    x, eps (b, C, H, W) on the device, t, r (b,) on the CPU; cond: the network's label keywords; dropped (b,) bool on
-    the CPU: who trains without a class label, where guidance asks for it.
+    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords; unconditional (b,) bool
+    on the CPU: which samples train without a class label, where guidance asks for it; progress: share of training done.
     """
 
     x: Tensor
     eps: Tensor
-    t: Tensor
     r: Tensor
+    t: Tensor
     cond: dict[str, Tensor]
-    dropped: Tensor | None
+    unconditional: Tensor | None
+    progress: float
 
 
 class BatchStream:
     """Yields the micro-batches of any step for this process."""
 
-    def __init__(self, dataset: Dataset | Latents, config: RunConfig, processes: Processes):
+    def __init__(self, dataset: Dataset | Latents, config: RunConfig, ctx: DistributedContext):
         """Raises ConfigError if the batch does not divide, or the data are not what the model takes."""
-        self.config, self.processes = config, processes
-        self.device = processes.device
-        self.local = split_batch(config, processes.world)
+        self.config, self.ctx = config, ctx
+        self.device = ctx.device
+        self.local = split_batch(config, ctx.world)
         self.micro = min(config.train.microbatch or self.local, self.local)
         self.feed = (LatentFeed if isinstance(dataset, Latents) else ImageFeed)(dataset, config, self.device)
         self.labels = None
@@ -59,19 +61,20 @@ class BatchStream:
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's share of step `step` (from 0), in `micro_steps` parts; reseeds dropout before each."""
         seed, batch, model = self.config.seed, self.config.train.batch, self.config.model
-        first = self.processes.rank * self.local
+        first = self.ctx.rank * self.local
         indices = batch_indices(len(self.feed), seed, step * batch, batch)
         take = self.feed.step(step, indices, slice(first, first + self.local))
-        t, r = sample_times(batch, self.config.times, generator(seed, "times", step))
-        dropped = None
+        r, t = self.config.objective.sample_times(batch, generator(seed, "times", step))
+        unconditional = None
         if self.config.guidance is not None:
-            dropped = drop_labels(t, r, self.config.guidance, generator(seed, "label drop", step))
+            unconditional = drop_labels(r, t, self.config.guidance, generator(seed, "label drop", step))
         shape = (batch, model.channels, model.image_size, model.image_size)
         noise = torch.randn(shape, generator=generator(seed, "noise", step, device=self.device), device=self.device)
 
         for micro, start in enumerate(range(first, first + self.local, self.micro)):
             rows = torch.arange(start, min(start + self.micro, first + self.local))
-            rows = rows[interval_first(t[rows], r[rows])[0]]
+            order, _ = rows_first(r[rows] != t[rows])
+            rows = rows if order is None else rows[order]
             x, cond = take(rows)
             if self.labels is not None:
                 cond["class_labels"] = self.labels[indices[rows].to(self.device, non_blocking=True)]
@@ -79,8 +82,9 @@ class BatchStream:
                 y.contiguous(memory_format=torch.channels_last)
                 for y in (x, noise[rows.to(self.device, non_blocking=True)])
             )
-            torch.manual_seed(derive_seed(seed, "dropout", step, self.processes.rank, micro))
-            yield MicroBatch(x, eps, t[rows], r[rows], cond, None if dropped is None else dropped[rows])
+            torch.manual_seed(derive_seed(seed, "dropout", step, self.ctx.rank, micro))
+            mask = None if unconditional is None else unconditional[rows]
+            yield MicroBatch(x, eps, r[rows], t[rows], cond, mask, step / self.config.train.steps)
 
 
 def split_batch(config: RunConfig, world: int) -> int:
@@ -100,3 +104,70 @@ def _checked_labels(dataset: Dataset | Latents, classes: int) -> Tensor:
     if found != classes:
         raise ConfigError(f"model.classes is {classes}, but the data has {found} classes; set model.classes={found}")
     return dataset.labels
+
+
+class ImageFeed:
+    """Images as uint8 on the device, augmented there."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.images = dataset.images.to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def step(self, step: int, indices: Tensor, mine: slice) -> Take:
+        """x of step `step`, whose global batch are the images `indices` (B,); this process needs the rows `mine`."""
+        data = self.config.data
+        draw = augment.draw(len(indices), data.augment_p, data.flip, generator(self.config.seed, "augment", step))
+
+        def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            x = self.images[indices[rows].to(self.device, non_blocking=True)].float().div_(127.5).sub_(1)  # [−1, 1]
+            if not self.config.augment_labels:
+                return x, {}
+            x, labels = augment.apply(x, draw.select(rows))
+            return x, {"augment_labels": labels}
+
+        return take
+
+
+class LatentFeed:
+    """x = scale · (mean + std · noise) of the autoencoder's posterior, of the image or its mirror.
+
+    A thread reads the next step's latents while this step computes.
+    """
+
+    def __init__(self, latents: Latents, config: RunConfig, device: torch.device):
+        self.latents, self.config, self.device = latents, config, device
+        self.reader, self.ahead = ThreadPoolExecutor(1), (-1, None)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def step(self, step: int, indices: Tensor, mine: slice) -> Take:
+        """As `ImageFeed.step`."""
+        ready, future = self.ahead
+        future = future if ready == step else self._read(step, mine)
+        self.ahead = (step + 1, self._read(step + 1, mine))
+        mean, std = (moment.to(self.device, non_blocking=True) for moment in future.result())
+        shape = (len(indices), *self.latents.shape)
+        random = generator(self.config.seed, "posterior", step, device=self.device)
+        noise = torch.randn(shape, generator=random, device=self.device)
+
+        def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            here, own = rows.to(self.device, non_blocking=True), (rows - mine.start).to(self.device, non_blocking=True)
+            return (mean[own] + std[own] * noise[here]) * self.latents.scale, {}
+
+        return take
+
+    def _read(self, step: int, mine: slice) -> Future:
+        return self.reader.submit(self._moments, step, mine)
+
+    def _moments(self, step: int, mine: slice) -> tuple[Tensor, Tensor]:
+        batch, seed = self.config.train.batch, self.config.seed
+        indices = batch_indices(len(self.latents), seed, step * batch, batch)
+        mirror = torch.zeros(batch, dtype=torch.bool)
+        if self.config.data.flip:
+            mirror = torch.rand(batch, generator=generator(seed, "mirror", step)) < 0.5
+        mean, std = self.latents.read(indices[mine], mirror[mine])
+        return (mean.pin_memory(), std.pin_memory()) if self.device.type == "cuda" else (mean, std)

@@ -7,12 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data import augment
 from meanflow.guidance import drop_labels
-from meanflow.objective import interval_first
+from meanflow.objectives.meanflow import interval_first
 from meanflow.random import generator
 from meanflow.times import sample_times
 from meanflow.training.batches import MicroBatch, split_batch
 from meanflow.training.config import RunConfig
-from meanflow.training.distributed import GradientSum, Processes
+from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.metrics import StepSums
 from meanflow.training.network import build_network, count_parameters
 from meanflow.training.state import fresh_state
@@ -22,27 +22,27 @@ PROBE_SAMPLES = 8  # enough for a rate on a CPU, where a whole batch can take mi
 FLOAT32_BYTES = 4
 
 
-def estimate(config: RunConfig, processes: Processes) -> str:
+def estimate(config: RunConfig, ctx: DistributedContext) -> str:
     """Two probe steps on random images; parameters, memory and images/s of one process, as lines of text.
 
     Memory of activations is counted (the tensors saved for the backward pass) on a few samples and scaled to the
     micro-batch. The rate on a CPU is that of the small probe.
     """
     configure_numerics(config.train)
-    state = fresh_state(config, processes.device)
+    state = fresh_state(config, ctx.device)
     state.network.train()
-    local = split_batch(config, processes.world)
+    local = split_batch(config, ctx.world)
     micro = min(config.train.microbatch or local, local)
-    probe = min(PROBE_SAMPLES if processes.device.type == "cpu" else micro, micro)
-    loss = make_loss(state.network, config, processes.device)
-    gradients = GradientSum(state.network, processes)
-    batch = random_batch(config, probe, processes.device)
+    probe = min(PROBE_SAMPLES if ctx.device.type == "cpu" else micro, micro)
+    loss = make_loss(state.network, config, ctx.device)
+    gradients = GradientSum(state.network, ctx)
+    batch = random_batch(config, probe, ctx.device)
 
     saved = _count_saved(lambda: loss(batch))
     seconds = []
     for step in range(2):  # the first one warms up
         start = time.perf_counter()
-        accumulate(loss, [batch], 1, probe, gradients, StepSums(processes.device, False))
+        accumulate(loss, [batch], 1, probe, gradients, StepSums(ctx.device, False))
         norm = update(state.optimizer, gradients.parameters, config.optim, step, state.guard)
         norm.item()  # wait for the device
         seconds.append(time.perf_counter() - start)
@@ -51,14 +51,14 @@ def estimate(config: RunConfig, processes: Processes) -> str:
     copies = 1 + 1 + 2 + len(config.ema.decays)  # weights, gradients, two Adam moments, averages
     fixed = parameters * FLOAT32_BYTES * copies
     activations = saved / probe * micro
-    rate = probe / seconds[-1] * processes.world
+    rate = probe / seconds[-1] * ctx.world
     days = config.train.steps * config.train.batch / rate / 86400
-    where = "CUDA device" if processes.device.type == "cuda" else "CPU"
+    where = "CUDA device" if ctx.device.type == "cuda" else "CPU"
     return "\n".join(
         [
             f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
             f"forward pass      {forward_multiply_adds(config) / 1e9:.3g} G multiply-adds an image (FLOPs, in papers)",
-            f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {processes.world} process(es)",
+            f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {ctx.world} process(es)",
             f"memory (estimate) {(fixed + activations) / 1e9:.1f} GB a process: {fixed / 1e9:.1f} GB weights, "
             f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
             f"speed (measured)  {rate:.3g} images/s on this {where} with a probe of {probe} images",

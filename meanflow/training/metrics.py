@@ -4,69 +4,73 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from meanflow.errors import write_errors_named
-from meanflow.training.distributed import Processes
-from meanflow.training.guard import NotFinite
+from meanflow.objectives import Loss
+from meanflow.training.divergence import NotFinite
+from meanflow.training.processes import DistributedContext
 
-SUMS = ("loss", "error", "error_still", "still", "error_moving", "moving", "stop")
+RENAMED = {"error_still": "error_r_eq_t", "error_moving": "error_r_lt_t"}  # in files of earlier versions
+BLOCK = 2**20  # bytes of a metrics file read at once
 
 
 class StepSums:
-    """Sums over this process's samples of one step, on the device: a vector in the order of `SUMS`."""
+    """Sums over this process's samples of one step: of the loss and of each value that the objective logs.
 
-    def __init__(self, device: torch.device, stop_requested: bool):
-        self.total = torch.zeros(len(SUMS), device=device)
-        self.total[-1] = float(stop_requested)
+    Sums are on the device, counts on the host: nothing waits.
+    """
 
-    def add(self, weighted: Tensor, squared_error: Tensor, moving: int) -> None:
-        """Per-sample losses and errors (b,), of which the first `moving` have r ≠ t."""
-        error_moving, error_still = squared_error[:moving].sum(), squared_error[moving:].sum()
-        self.total[0] += weighted.detach().sum()
-        self.total[1] += error_moving + error_still
-        self.total[2] += error_still
-        self.total[3] += len(squared_error) - moving
-        self.total[4] += error_moving
-        self.total[5] += moving
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, loss: Loss) -> None:
+        for name, value in {"loss": loss.per_sample.detach(), **loss.logged}.items():
+            values, rows = value if isinstance(value, tuple) else (value, None)
+            if rows is not None and not rows.all():
+                values = values[rows.nonzero()[:, 0].to(values.device, non_blocking=True)]
+            self.sums[name] = self.sums.get(name, 0) + values.detach().float().sum()
+            self.counts[name] = self.counts.get(name, 0) + len(values)
 
 
 class MetricsLog:
     """Collects each step's numbers and writes them in order.
 
-    Fields of a line: step, images, loss (weighted, Eq. 22), error (‖u − u_tgt‖², unweighted), error_still and
-    error_moving (the same on r = t and r ≠ t alone; null where there are none), grad_norm, lr, images_per_s,
-    seconds (of training, pauses left out), memory_mb (peak). With train.spike_guard also skipped, the updates it
-    left out so far.
+    Fields of a line: step, images, loss, whatever the objective logs (null where a step has no such rows), grad_norm,
+    lr, images_per_s, seconds (of training, pauses left out), memory_mb (peak). With train.spike_guard also skipped,
+    the updates it left out so far.
     """
 
-    def __init__(self, path: Path, processes: Processes, flush_every: int, seconds: float, tensorboard: Any = None):
-        self.path, self.processes, self.tensorboard = path, processes, tensorboard
-        self.flush_every = 1 if processes.device.type == "cpu" else flush_every  # reading a CPU costs nothing
+    def __init__(self, path: Path, ctx: DistributedContext, flush_every: int, seconds: float, tensorboard: Any = None):
+        self.path, self.ctx, self.tensorboard = path, ctx, tensorboard
+        self.flush_every = 1 if ctx.device.type == "cpu" else flush_every  # reading a CPU costs nothing
         self.seconds = seconds
-        self.pending: list[tuple[dict[str, Any], Tensor]] = []
+        self.pending: list[tuple[dict[str, Any], list[str], Tensor, list[float]]] = []  # line, names, sums, counts
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
     def record(
         self,
         step: int,
-        images: int,
         batch: int,
         lr: float,
         sums: StepSums,
         grad_norm: Tensor,
         skipped: Tensor | None = None,
+        stop: bool = False,
     ) -> None:
-        """Note step `step` (counted from 1) without waiting for the device."""
-        line = {"step": step, "images": images, "lr": lr, "batch": batch}
-        line["memory_mb"] = peak_memory_mb(self.processes.device)
-        same = [x.detach().float().view(1) for x in (grad_norm, skipped) if x is not None]  # on every process
-        self.pending.append((line, torch.cat([sums.total, *same])))
+        """Note step `step` (counted from 1) without waiting for the device. stop: this process was asked to stop."""
+        line = {"step": step, "images": step * batch, "lr": lr, "batch": batch}
+        line["memory_mb"] = peak_memory_mb(self.ctx.device)
+        same = [x.detach().float() for x in (grad_norm, skipped) if x is not None]  # on every process
+        host = [*sums.counts.values(), float(stop)]
+        self.pending.append((line, list(sums.sums), torch.stack([*same, *sums.sums.values()]), host))
 
     @property
     def due(self) -> bool:
@@ -84,28 +88,33 @@ class MetricsLog:
         """
         if not self.pending:
             return False
-        sums = torch.stack([vector for _, vector in self.pending])
-        same = sums[:, len(SUMS) :].cpu().tolist()
-        sums = self.processes.all_reduce(sums).cpu().tolist()
+        device = torch.stack([row for _, _, row, _ in self.pending])
+        same = device.shape[1] - len(self.pending[0][1])  # the norm, and with a spike guard its count
+        host = torch.tensor([row for *_, row in self.pending], device=self.ctx.device)
+        equal = device[:, :same].cpu().tolist()
+        sums = self.ctx.all_reduce(torch.cat([device[:, same:], host], 1)).cpu().tolist()
         self._clock_steps()
-        lines = [_line(host, row, *numbers) for (host, _), row, numbers in zip(self.pending, sums, same, strict=True)]
+        lines = [
+            _line(line, names, row, *numbers)
+            for (line, names, *_), row, numbers in zip(self.pending, sums, equal, strict=True)
+        ]
         bad = next((line for line in lines if not _finite(line)), None)
         if bad:
             lines = lines[: lines.index(bad)]
         self.pending.clear()
         if lines:
             self.last = lines[-1]
-            if self.processes.is_main:
+            if self.ctx.is_main:
                 self._write(lines)
         if bad:
             raise NotFinite(bad["step"], f"loss {bad['loss']}, gradient norm {bad['grad_norm']}: not finite")
-        return any(row[SUMS.index("stop")] > 0 for row in sums)
+        return any(row[-1] > 0 for row in sums)
 
     def _clock_steps(self) -> None:
         """Share the time since the last reading among the pending steps: only now is the device known to be done."""
         now = time.perf_counter()
         elapsed, self.clock = (now - self.clock) / len(self.pending), now
-        for line, _ in self.pending:
+        for line, *_ in self.pending:
             self.seconds += elapsed
             line |= {"images_per_s": line["batch"] / max(elapsed, 1e-9), "seconds": self.seconds}
 
@@ -118,26 +127,35 @@ class MetricsLog:
                     if name != "step" and value is not None:
                         self.tensorboard.add_scalar(name, value, line["step"])
 
+    def summary(self) -> dict[str, str]:
+        """The latest numbers for a progress bar: the loss, the first value that the objective logs, and the rate."""
+        shown = [key for key in self.last if key not in ("step", "images")][:2]
+        return {key: f"{self.last[key]:.4g}" for key in (*shown, "images_per_s") if self.last.get(key) is not None}
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+
     def sync(self) -> None:
         """Make what was written survive a power cut, before a checkpoint relies on it."""
-        if self.processes.is_main and self.path.exists():
+        if self.ctx.is_main and self.path.exists():
             with open(self.path, "rb") as file, write_errors_named(self.path):
                 os.fsync(file.fileno())
 
 
-def _line(host: dict[str, Any], sums: list[float], grad_norm: float, skipped: float | None = None) -> dict[str, Any]:
-    total = dict(zip(SUMS, sums, strict=False))
-    count = total["still"] + total["moving"]
+def _line(
+    known: dict[str, Any], names: list[str], sums: list[float], grad_norm: float, skipped: float | None = None
+) -> dict[str, Any]:
+    """sums: of each name, then their counts."""
+    counts = sums[len(names) :]
+    means = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=False)}
     return {
-        "step": host["step"],
-        "images": host["images"],
-        "loss": total["loss"] / count,
-        "error": total["error"] / count,
-        "error_still": total["error_still"] / total["still"] if total["still"] else None,
-        "error_moving": total["error_moving"] / total["moving"] if total["moving"] else None,
+        "step": known["step"],
+        "images": known["images"],
+        **means,
         "grad_norm": grad_norm,
         **({} if skipped is None else {"skipped": int(skipped)}),
-        **{key: _rounded(host[key]) for key in ("lr", "images_per_s", "seconds", "memory_mb")},
+        **{key: _rounded(known[key]) for key in ("lr", "images_per_s", "seconds", "memory_mb")},
     }
 
 
@@ -162,25 +180,53 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a torn last line (a run killed while writing) is left out."""
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, one after the other; damaged ones and a torn last one are left out."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        while texts := file.readlines(BLOCK):
+            try:
+                lines = json.loads(f"[{','.join(texts)}]")  # a block at once: several times as fast
+            except (ValueError, RecursionError):
+                lines = [_parsed(text) for text in texts]
+            for line in lines:
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    yield {RENAMED.get(key, key): value for key, value in line.items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop all lines after `step`: a run that continues from there writes them again."""
-    lines = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    with write_errors_named(path):
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+    """Drop all lines after `step`: a run that continues from there writes them again. Reads from the end."""
+    if not path.exists():
+        return
+    with write_errors_named(path), open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = _line_start(file, end)
+            file.seek(start)
+            text = file.read(end - start)
+            line = _parsed(text.decode("utf-8", errors="replace")) if text.endswith(b"\n") else None
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
+                break
+            end = start
+        file.truncate(end)
+
+
+def _line_start(file: BinaryIO, end: int) -> int:
+    """Where the line that ends before byte `end` begins."""
+    stop = end - 1  # its own newline
+    while stop > 0:
+        begin = max(0, stop - BLOCK)
+        file.seek(begin)
+        found = file.read(stop - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        stop = begin
+    return 0

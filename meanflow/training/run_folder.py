@@ -4,8 +4,11 @@ import fcntl
 import json
 import os
 import platform
+import subprocess
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,19 @@ import torchvision
 
 from meanflow.errors import AssetError, write_errors_named
 from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
-from meanflow.training.config import RunConfig, changes, config_to_yaml, load_config, refuse_changed_run
+from meanflow.training.config import (
+    RunConfig,
+    changes,
+    config_to_yaml,
+    load_config,
+    refuse_changed_run,
+)
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """`config.yaml` (complete, resolved), `metrics.jsonl`, `starts.jsonl` (when, where and with what it was started),
-    `checkpoints/`, `failures/` (see replay.py), `samples/`, `eval/`, `curves.png`."""
+    `checkpoints/`, `failures/` (see eval/replay.py), `samples/`, `eval/`, `curves.png`."""
 
     path: Path
 
@@ -50,20 +59,24 @@ class RunFolder:
             raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
         return file
 
-    def open_for(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-        """Write `config.yaml`; what changed since the last start. Raises ConfigError if it would be another run."""
-        changed: dict[str, tuple[Any, Any]] = {}
-        if self.config_file.exists():
-            old = load_config(self.config_file)
-            if any(self.checkpoints.glob("*.pt")):  # before the first one nothing has been learnt
-                refuse_changed_run(old, config, str(self.path))
-            changed = changes(old, config)
+    def check(self, config: RunConfig, requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+        """What `config` changes since the last start, {dotted key: (old, new)}; nothing is written.
+
+        requested: keys given by --set. Raises ConfigError if it would be another run.
+        """
+        if not self.config_file.exists():
+            return {}
+        old = load_config(self.config_file)
+        if any(self.checkpoints.glob("*.pt")):  # before the first one nothing has been learnt
+            refuse_changed_run(old, config, str(self.path), requested)
+        return changes(old, config)
+
+    def write_config(self, config: RunConfig) -> None:
         temporary = self.config_file.with_suffix(".tmp")
         with write_errors_named(self.config_file):
             self.path.mkdir(parents=True, exist_ok=True)
             temporary.write_text(config_to_yaml(config), encoding="utf-8")
             os.replace(temporary, self.config_file)
-        return changed
 
     def note_start(self, **facts: Any) -> None:
         with write_errors_named(self.starts_file), open(self.starts_file, "a", encoding="utf-8") as file:
@@ -96,6 +109,8 @@ def _are_changes(changed: Any) -> bool:
     return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
 
 
+
+
 def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 
@@ -116,9 +131,27 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "commit": _commit(),
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+
+
+@lru_cache
+def _commit() -> str | None:
+    """The commit of this code, with + where files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(("git", "-C", str(here), *arguments), capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not (here / ".git").exists() or (head := git("rev-parse", "--short=12", "HEAD")) is None:
+        return None
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _cpu_name() -> str:

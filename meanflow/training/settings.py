@@ -1,13 +1,14 @@
-"""YAML ⇄ frozen dataclasses, strictly: every key is known, present, of its type and in range, or the error names it.
+"""YAML ⇄ frozen dataclasses, strictly: every key is known, of its type and in range, or the error names it.
 
-Recipes are complete, so no dataclass has defaults. Values pass through one door, `build`, whether they come
-from a file or from `--set key.path=value`.
+A key that is left out takes the dataclass's default; one without a default must be there. `base:` names another file
+that the rest is merged over. Values from files and from `--set key.path=value` are checked by the same `build`.
 """
 
 import difflib
 import math
 import types
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,24 @@ from meanflow.errors import ConfigError
 
 MAX_BYTES = 2**20  # of a recipe; parsing takes about a second for each 100 kB
 MAX_WHOLE = 2**63
+SYNONYMS = {  # what other projects call it: what it is here
+    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_steps"), "optim.warmup_steps"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip"), "optim.clip"),
+    **dict.fromkeys(("batch_size", "global_batch_size", "bs"), "train.batch"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_steps", "iterations", "num_steps", "train_steps"), "train.steps"),
+    **dict.fromkeys(("micro_batch", "micro_batch_size", "accumulate", "grad_accum"), "train.microbatch"),
+    **dict.fromkeys(("ema_decay", "ema_rate", "decay"), "ema.decays"),
+    **dict.fromkeys(("amp", "mixed_precision", "fp16", "bf16", "dtype"), "train.precision"),
+    **dict.fromkeys(("gradient_checkpointing", "grad_checkpointing"), "train.activation_checkpointing"),
+    **dict.fromkeys(("cfg_scale", "cfg", "omega", "guidance_scale"), "guidance.omega_prime"),
+    **dict.fromkeys(("class_dropout_prob", "label_dropout", "cfg_dropout"), "guidance.label_drop"),
+    **dict.fromkeys(("num_classes", "n_classes"), "model.classes"),
+    **dict.fromkeys(("resolution", "img_size", "size"), "model.image_size"),
+    **dict.fromkeys(("data_dir", "dataset", "data_path", "root_dir"), "data.path"),
+    **dict.fromkeys(("save_every", "ckpt_every", "save_freq"), "checkpoint.every"),
+    **dict.fromkeys(("num_samples", "n_samples"), "eval.samples"),
+}
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -35,13 +54,41 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(kind: type, path: Path, overrides: list[str] = ()) -> Any:
-    """The dataclass `kind` from the file at `path`, with `--set` overrides applied. Raises ConfigError."""
-    tree = read_yaml(path)
-    if overrides:
-        tree = apply_overrides(tree, list(overrides))
+def load(kind: type, path: Path, overrides: list[str] = (), upgrade: Callable[[dict], dict] = lambda tree: tree) -> Any:
+    """The dataclass `kind` from the file at `path`, with `--set` overrides applied. Raises ConfigError.
+
+    upgrade: brings the tree of an earlier version into today's layout.
+    """
+    tree = apply_overrides(upgrade(read_with_base(path)), list(overrides))
     source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
     return build(kind, tree, "", source)
+
+
+def read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping at `path` merged over that of the file beside it which its `base` names, and so on."""
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ConfigError(f"{path}: base must be the name of a recipe in the same folder, got {base!r}")
+    below = path.with_name(f"{base.removesuffix('.yaml')}.yaml")
+    if below in (path, *above):
+        raise ConfigError(f"{path}: base {base} leads back to itself")
+    if not below.exists():
+        known = [file.stem for file in path.parent.glob("*.yaml")]
+        raise ConfigError(f"{path}: there is no recipe {below} to be its base{nearest(base, known)}")
+    return merge(read_with_base(below, (path, *above)), tree)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, group by group. A group whose `kind` is another one replaces the base's whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("kind") in (None, old.get("kind"))
+        merged[key] = merge(old, value) if same_kind else value
+    return merged
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -70,7 +117,10 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `tree` with each `key.path=value` set. Raises ConfigError for a path that is not there."""
+    """A copy of `tree` with each `key.path=value` set; whether it is a setting is for `build` to say.
+
+    Raises ConfigError for what is no assignment, or assigns a group.
+    """
     tree = _copy(tree)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -78,16 +128,16 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
             raise ConfigError(f"--set {override}: expected key.path=value")
         *parents, last = path.strip().split(".")
         branch = tree
-        for key in [*parents, last]:
-            if not isinstance(branch, dict) or key not in branch:
-                raise ConfigError(f"--set {override}: {path} is not a setting{nearest(path, list(flatten(tree)))}")
-            parent, branch = branch, branch[key]
+        for key in parents:
+            if branch.get(key) is None:
+                branch[key] = {}
+            branch = branch[key]
+            if not isinstance(branch, dict):
+                raise ConfigError(f"--set {override}: {path} is not a setting")
         value = parse_yaml(text, f"--set {override}")
-        if isinstance(branch, dict) and value is not None:
-            raise ConfigError(
-                f"--set {override}: {path} is a group of settings; set one of {', '.join(map(str, branch))}"
-            )
-        parent[last] = value
+        if isinstance(value, dict) or (isinstance(branch.get(last), dict) and value is not None):
+            raise ConfigError(f"--set {override}: {path} is a group of settings; set them one by one")
+        branch[last] = value
     return tree
 
 
@@ -96,7 +146,10 @@ def _copy(tree: Any) -> Any:
 
 
 def nearest(key: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    """What may have been meant, for the end of an error: by meaning first (SYNONYMS), then by spelling."""
+    if key in SYNONYMS:
+        return f"; did you mean {SYNONYMS[key]}?"
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {match[0]}?" if match else f"; known here: {', '.join(known)}" if known else ""
 
 
@@ -107,11 +160,17 @@ def build(kind: Any, value: Any, path: str, source: str) -> Any:
     """
     if is_dataclass(kind):
         return _build_dataclass(kind, value, path, source)
+    if hasattr(kind, "kinds"):  # an open family of dataclasses, such as objectives
+        named = kind.kinds()
+        return build(named[_kind_name(named, value, path, source)], value, path, source)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        kinds = [arg for arg in args if arg is not type(None)]
+        words = [word for arg in args if get_origin(arg) is Literal for word in get_args(arg)]
+        if isinstance(value, str) and value in words:
+            return value
+        kinds = [arg for arg in args if arg is not type(None) and get_origin(arg) is not Literal]
         return build(kinds[0] if len(kinds) == 1 else _kind_of(kinds, value, path, source), value, path, source)
     if origin is Literal:
         if value not in args:
@@ -128,14 +187,19 @@ def build(kind: Any, value: Any, path: str, source: str) -> Any:
 
 def _kind_of(kinds: list[type], value: Any, path: str, source: str) -> type:
     """The dataclass of a union whose field `kind: Literal[…]` is what `value` says."""
+    named = {get_args(get_type_hints(kind)["kind"])[0]: kind for kind in kinds}
+    return named[_kind_name(named, value, path, source)]
+
+
+def _kind_name(named: dict[str, type], value: Any, path: str, source: str) -> str:
     if not isinstance(value, dict):
         raise _wrong(path, source, "a group of settings", value)
-    named = {get_args(get_type_hints(kind)["kind"])[0]: kind for kind in kinds}
     if "kind" not in value:
         raise ConfigError(f"{source}: {path}.kind is missing: {' or '.join(named)}")
     if not isinstance(value["kind"], str) or value["kind"] not in named:
-        raise _wrong(f"{path}.kind", source, " or ".join(named), value["kind"])
-    return named[value["kind"]]
+        hint = nearest(str(value["kind"]), list(named))
+        raise ConfigError(f"{source}: {path}.kind {value['kind']!r} is not known{hint}")
+    return value["kind"]
 
 
 def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
@@ -147,12 +211,13 @@ def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
     for key in value:
         if key not in known:
             raise ConfigError(f"{source}: {where}{key} is not a setting{nearest(str(key), known)}")
-    missing = [name for name in known if name not in value]
-    if missing:
+    required = [_key(f) for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in value]:
         raise ConfigError(f"{source}: {where}{missing[0]} is missing")
     built = {
         field.name: build(hints[field.name], value[_key(field)], f"{where}{_key(field)}", source)
         for field in fields(kind)
+        if _key(field) in value
     }
     try:
         return kind(**built)

@@ -1,19 +1,24 @@
-"""What a run is at a step: weights, averages, optimiser; and how it goes to disk and back."""
+"""What a run is at a step: weights, averages, optimiser; how it begins, and how it goes to disk and back."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from meanflow.errors import AssetError
+from dit import DiT, DiTConfig
+from meanflow.errors import AssetError, ConfigError, write_errors_named
+from meanflow.random import derive_seed
 from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
-from meanflow.training.config import OptimConfig, RunConfig
-from meanflow.training.ema import Ema
-from meanflow.training.guard import Guard
-from meanflow.training.network import build_network
-from meanflow.training.run_folder import environment
+from meanflow.training.config import EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
+from meanflow.training.divergence import Guard
+from meanflow.training.run_folder import environment, find_checkpoint
+from unet import UNet
+
+NAMES_SHOWN = 4
 
 
 @dataclass
@@ -22,12 +27,12 @@ class TrainState:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Ema
+    ema: "Ema"
     guard: Guard
     step: int = 0
     seconds: float = 0.0
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Weights and averages, by name."""
         averages = {f"EMA {decay}": average for decay, average in self.ema.averages.items()}
         return {"weights": dict(self.network.named_parameters()), **averages}
@@ -37,6 +42,22 @@ def fresh_state(config: RunConfig, device: torch.device) -> TrainState:
     network = build_network(config, device)
     guard = Guard(config.train.spike_guard, device)
     return TrainState(network, make_optimizer(network, config.optim), Ema(network, config.ema), guard)
+
+
+# --- network and optimiser ---------------------------------------------------------------------------------------
+
+
+def build_network(config: RunConfig, device: torch.device) -> nn.Module:
+    """The freshly initialised network, a function of the seed alone, on `device` in channels_last."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        backbone = DiT if isinstance(config.model, DiTConfig) else UNet
+        network = backbone(config.model)  # on the CPU: the same weights whatever the device
+    return network.to(device=device, memory_format=torch.channels_last)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -53,6 +74,45 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optim
 def learning_rate(config: OptimConfig, step: int) -> float:
     """The rate of step `step` (from 0): linear warm-up, then constant."""
     return config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+# --- averages ------------------------------------------------------------------------------------------------------
+
+
+class Ema:
+    """`averages[decay][name]` follows each parameter of `network`, in float32, from its initial value.
+
+    They live on the parameters' device or, with `config.store` "host", in the computer's memory.
+
+    Every `config.every` steps each average moves by 1 − decay^every towards the weights (the official CIFAR-10
+    release: every 16 steps; the ImageNet one: every step). No ramp.
+    """
+
+    def __init__(self, network: nn.Module, config: EmaConfig):
+        self.config = config
+        self._weights = {name: p.detach() for name, p in network.named_parameters()}
+        self.averages: dict[float, dict[str, Tensor]] = {decay: {} for decay in config.decays}
+        self.restart()
+
+    def restart(self) -> None:
+        """Every average becomes the weights as they are now."""
+        for average in self.averages.values():
+            average.update({name: self._stored(weight).clone() for name, weight in self._weights.items()})
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """To be called once after each optimiser step; `step` counts those steps from 1."""
+        if step % self.config.every:
+            return
+        weights = [self._stored(weight) for weight in self._weights.values()]
+        for decay, average in self.averages.items():
+            torch._foreach_lerp_(list(average.values()), weights, 1 - decay**self.config.every)
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        return weight.cpu() if self.config.store == "host" else weight
+
+
+# --- to disk and back ------------------------------------------------------------------------------------------------
 
 
 def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) -> Checkpoint:
@@ -75,13 +135,16 @@ def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) ->
 
 @torch.no_grad()
 def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
-    """Fill `state` in place, strictly. Raises AssetError naming what does not fit."""
+    """Fill `state` in place, strictly. An average that the checkpoint lacks starts from the weights as they are then.
+
+    Raises AssetError naming what does not fit.
+    """
     parameters = dict(state.network.named_parameters())
     copy_strictly(parameters, checkpoint.model, f"{where}: weights")
+    state.ema.restart()
     for decay, average in state.ema.averages.items():
-        if repr(decay) not in checkpoint.ema:
-            raise AssetError(f"{where}: has no EMA {decay}, only {', '.join(checkpoint.ema)}")
-        copy_strictly(average, checkpoint.ema[repr(decay)], f"{where}: EMA {decay}")
+        if repr(decay) in checkpoint.ema:
+            copy_strictly(average, checkpoint.ema[repr(decay)], f"{where}: EMA {decay}")
     for name, values in checkpoint.optimizer.items():
         like = parameters.get(name)
         shapes = {key: value.shape for key, value in values.items()}
@@ -102,7 +165,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
 
 
 @torch.no_grad()
-def copy_strictly(into: dict[str, torch.Tensor], source: dict[str, torch.Tensor], what: str) -> None:
+def copy_strictly(into: dict[str, Tensor], source: dict[str, Tensor], what: str) -> None:
     """Copy tensors by name. Raises AssetError if a name is missing or left over or a shape differs."""
     wrong = sorted(into.keys() ^ source.keys())
     wrong += [name for name in into.keys() & source.keys() if into[name].shape != source[name].shape]
@@ -110,3 +173,65 @@ def copy_strictly(into: dict[str, torch.Tensor], source: dict[str, torch.Tensor]
         raise AssetError(f"{what} do not fit the network: {len(wrong)} tensors differ, such as {wrong[0]}")
     for name, tensor in into.items():
         tensor.copy_(source[name])
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What a fine-tuning run took from another one. `reshaped`: in both, of another shape, so not taken."""
+
+    source: str
+    step: int
+    weights: str  # which average, or "weights"
+    taken: list[str]
+    fresh: list[str]
+    reshaped: list[str]
+    unused: list[str]
+
+    def summary(self) -> str:
+        total = len(self.taken) + len(self.fresh) + len(self.reshaped)
+        which = self.weights if self.weights == "weights" else f"EMA {self.weights}"
+        parts = [f"init.from {self.source} (step {self.step:,}, {which}): took {len(self.taken)} of {total} tensors"]
+        for names, what in (
+            (self.fresh, "not there, so fresh"),
+            (self.reshaped, "of another shape there, so fresh"),
+            (self.unused, "there and not used"),
+        ):
+            if names:
+                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+        return "; ".join(parts)
+
+    def write(self, path: Path) -> None:
+        with write_errors_named(path):
+            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+@torch.no_grad()
+def initialise(state: TrainState, config: InitConfig) -> Initialised:
+    """Fill the weights from another run, wherever names and shapes agree, and all averages with them.
+
+    Raises AssetError if the checkpoint cannot be read, and ConfigError if it lacks the average asked for or fits so
+    little that the network must be another one: less than half of the parameters.
+    """
+    path, checkpoint, _ = find_checkpoint(Path(config.from_))
+    which = config.ema or repr(config_from_tree(checkpoint.meta["config"], str(path)).ema.eval)
+    if which != "weights" and which not in checkpoint.ema:
+        kept = ", ".join([*checkpoint.ema, "weights"])
+        raise ConfigError(f"init.ema: {path} keeps no average {which}, only {kept}")
+    there = checkpoint.model if which == "weights" else checkpoint.ema[which]
+    here = dict(state.network.named_parameters())
+    common = [name for name in here if name in there]
+    taken = [name for name in common if here[name].shape == there[name].shape]
+    share = sum(here[name].numel() for name in taken) / sum(p.numel() for p in here.values())
+    if share < 0.5:
+        raise ConfigError(f"init.from: {path} holds another network: {share:.0%} of this one's parameters fit by name")
+    for name in taken:
+        here[name].copy_(there[name])
+    state.ema.restart()
+    fresh = [name for name in here if name not in there]
+    reshaped = [name for name in common if name not in taken]
+    unused = [name for name in there if name not in here]
+    return Initialised(str(path), checkpoint.meta["step"], which, taken, fresh, reshaped, unused)

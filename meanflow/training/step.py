@@ -1,4 +1,4 @@
-"""One optimiser step: Algorithm 1 over the micro-batches, one sum of gradients, one guarded update."""
+"""One optimiser step: the objective over the micro-batches, one sum of gradients, one guarded update."""
 
 import functools
 import os
@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from meanflow.guidance import guided_velocity
-from meanflow.objective import MeanFlowLoss, interpolate, meanflow_loss
-from meanflow.recompute import recomputed
-from meanflow.tangent import Network, value_and_tangent
+from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
+from meanflow.objectives import Loss
+from meanflow.objectives.base import interpolate
 from meanflow.training.batches import MicroBatch
-from meanflow.training.compiled import compiled_derivative
 from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
-from meanflow.training.distributed import GradientSum
-from meanflow.training.guard import Guard
+from meanflow.training.divergence import Guard
 from meanflow.training.metrics import StepSums
-from meanflow.training.state import learning_rate
+from meanflow.training.processes import GradientSum
+from meanflow.training.state import Ema, learning_rate
 
-LossFunction = Callable[[MicroBatch], MeanFlowLoss]
+LossFunction = Callable[[MicroBatch], Loss]
 
 
 def configure_numerics(config: TrainConfig) -> None:
@@ -33,34 +32,37 @@ def configure_numerics(config: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it when it starts
 
 
-def make_loss(network: nn.Module, config: RunConfig, device: torch.device) -> LossFunction:
-    """The loss of a micro-batch."""
-    velocity = velocity_of(network, config.train)
-    mode, derivative = config.train.compile, value_and_tangent
-    if mode is not None:
-        derivative = compiled_derivative(network, config.loss.jvp, mode)
+def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: Ema | None = None) -> LossFunction:
+    """The loss of a micro-batch. `ema` gives the averaged teacher, where the objective asks for one."""
+    u = in_training_precision(network, config.train)
+    jvp, mode = take_jvp(config.train.jvp), config.train.compile
+    if mode is not None and config.objective.needs_jvp:
+        jvp = compiled_jvp(network, config.train.jvp, mode)
+    elif mode is not None:
+        u = torch.compile(u, dynamic=False, mode=mode)
+    teacher = None if config.objective.teacher_decay is None else averaged(network, ema, config)
 
-    def loss(batch: MicroBatch) -> MeanFlowLoss:
+    def loss(batch: MicroBatch) -> Loss:
         cond, v = batch.cond, None
         if config.guidance is not None:
-            network.eval()
-            v = _guided(velocity, batch, config)
-            network.train()
-            null = torch.full_like(cond["class_labels"], config.model.classes)
-            dropped = batch.dropped.to(device, non_blocking=True)
-            cond = {**cond, "class_labels": torch.where(dropped, null, cond["class_labels"])}
-        return meanflow_loss(velocity, batch.x, batch.eps, batch.t, batch.r, config.loss, v, derivative, **cond)
+            v = _guided(u, network, batch, config)
+            null_class = torch.full_like(cond["class_labels"], config.model.classes)
+            unconditional = batch.unconditional.to(device, non_blocking=True)
+            cond = {**cond, "class_labels": torch.where(unconditional, null_class, cond["class_labels"])}
+        return config.objective.loss(
+            u, batch.x, batch.eps, batch.r, batch.t, v=v, jvp=jvp, progress=batch.progress, teacher=teacher, **cond
+        )
 
     return loss
 
 
-def velocity_of(network: nn.Module, config: TrainConfig) -> Network:
-    """u(z, t, r, **cond), its blocks recomputed by the backward pass or under bf16 autocast if the recipe says so.
+def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
+    """u(z, r, t, **cond), its blocks under bf16 autocast or checkpointed if the recipe says so.
 
     Bf16 is for the blocks, where the work is. Times, labels, the first and the last layer stay float32: rounded to
     bf16, times near 1 would differ by 1/256 at least, and u and du/dt would carry more error than all blocks give them.
     """
-    run_block = recomputed if config.activation_checkpointing else nn.Module.__call__
+    run_block = checkpointed if config.activation_checkpointing else nn.Module.__call__
     bf16 = config.precision == "bf16"
 
     def in_precision(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
@@ -70,12 +72,30 @@ def velocity_of(network: nn.Module, config: TrainConfig) -> Network:
     return functools.partial(network, run_block=in_precision)
 
 
-def _guided(u: Network, batch: MicroBatch, config: RunConfig) -> Tensor:
+def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
+    """u by the averaged weights that the objective asks for, in evaluation mode and without gradient."""
+    weights = ema.averages[config.objective.teacher_decay]
+
+    @torch.no_grad()
+    def teacher(z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
+        network.eval()
+        out = torch.func.functional_call(network, weights, (z, r, t), cond)
+        network.train()
+        return out
+
+    return teacher
+
+
+def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig) -> Tensor:
     """The guided velocity of a micro-batch. Two passes as one fill a GPU better; a CPU is full with one."""
-    z = interpolate(batch.x, batch.eps, batch.t.to(batch.x, non_blocking=True))
-    together, null = z.device.type != "cpu", config.model.classes
-    v = batch.eps - batch.x
-    return guided_velocity(u, z, batch.t, v, batch.dropped, null, config.guidance, together, **batch.cond)
+    z, v = interpolate(batch.x, batch.eps, batch.t), batch.eps - batch.x
+    batched, null_class = z.device.type != "cpu", config.model.classes
+    network.eval()
+    guided = guided_velocity(
+        u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond
+    )
+    network.train()
+    return guided
 
 
 def accumulate(
@@ -87,9 +107,9 @@ def accumulate(
         if i == count - 1:
             gradients.arm()
         out = loss(micro)
-        total = out.weighted.sum() / batch
+        total = out.per_sample.sum() / batch
         total.backward(1 + 0 * total.detach())  # a loss that is not finite spoils the gradient of every process
-        sums.add(out.weighted, out.squared_error, int((micro.t != micro.r).sum()))
+        sums.add(out)
     gradients.finish()
 
 

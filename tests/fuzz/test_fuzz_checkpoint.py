@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mutations import mutated, refused, written
 from running import tiny_config
 
-from eval.generate import open_checkpoint
+from meanflow.training.model import open_checkpoint
 from meanflow.errors import AssetError
 from meanflow.training.checkpoint import PARTS, load_checkpoint, load_newest, save_checkpoint
 from meanflow.training.config import config_from_tree

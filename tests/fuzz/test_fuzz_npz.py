@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import mutated, refused, written
 
-from eval.files import NpzFile
-from eval.references import open_reference
-from eval.sources import read_images
+from eval.scoring.files import NpzFile
+from eval.scoring.references import open_reference
+from eval.scoring.sources import read_images
 from meanflow.errors import AssetError
 
 MU, SIGMA = np.arange(3.0), np.eye(3)

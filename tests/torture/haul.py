@@ -39,7 +39,7 @@ class Watched:
 def watch(folder: Path, warm: int, **changes) -> tuple[Path, dict[str, tuple[float, float]]]:
     """Run the job to its end; its folder, and what grew."""
     run, recipe = folder / "run", write_recipe(folder / "long.yaml", **changes)
-    started = start("eval.run", recipe, "--out", run, logs=folder / "logs", environment={"XDG_CACHE_HOME": str(folder)})
+    started = start("run", recipe, "--out", run, logs=folder / "logs", environment={"XDG_CACHE_HOME": str(folder)})
     watched, metrics = Watched(started.process.pid), run / "metrics.jsonl"
     while started.code is None and not (run / "samples.png").exists():  # what comes after training is not watched
         time.sleep(0.02)

@@ -43,7 +43,7 @@ def die_before(folder: str, number: int) -> None:
 
 
 class Job:
-    """One `python -m eval.run` command, started as often as it takes."""
+    """One `python -m run` command, started as often as it takes."""
 
     def __init__(self, folder: Path, name: str, **changes):
         self.run, self.logs = folder / name, folder / f"{name} logs"
@@ -52,7 +52,7 @@ class Job:
         self.kills = 0
 
     def start(self, **how):
-        return start("eval.run", self.recipe, "--out", self.run, logs=self.logs, environment=self.environment, **how)
+        return start("run", self.recipe, "--out", self.run, logs=self.logs, environment=self.environment, **how)
 
     def finish(self) -> None:
         done = self.start().wait(600)

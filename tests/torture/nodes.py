@@ -44,7 +44,7 @@ class Torchrun:
     def __init__(self, nodes: int, each: int, port: int, recipe: Path, run: Path, log: Path):
         how = [f"--nnodes={nodes}", f"--nproc-per-node={each}", "--max-restarts=3"]
         how += ["--rdzv-id=torture", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-        how += ["-m", "eval.run", str(recipe), "--out", str(run)]
+        how += ["-m", "run", str(recipe), "--out", str(run)]
         command = [sys.executable, "-m", "torch.distributed.run", *how]
         environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(run.parent / "cache")}
         with open(log, "w") as file:
@@ -129,7 +129,7 @@ def agents(folder: Path, nodes: int, each: int, steps: int, kills: int, kind: ty
     assert len((run / "starts.jsonl").read_text().splitlines()) == 1 + kills, said
     assert said.count("continuing from step") == kills, said
 
-    alone = start("eval.run", recipe, "--out", folder / "one", logs=folder / "logs").wait(300)
+    alone = start("run", recipe, "--out", folder / "one", logs=folder / "logs").wait(300)
     assert alone.code == 0, alone.err
     curve = curve_difference(folder / "one", run)
     assert curve < 1e-5, curve

@@ -14,7 +14,7 @@ from meanflow.data import load_dataset
 from meanflow.errors import NumericsError
 from meanflow.training import loop
 from meanflow.training.batches import BatchStream
-from meanflow.training.distributed import GradientSum, Processes, start_processes, stop_processes
+from meanflow.training.processes import GradientSum, DistributedContext, start_distributed, stop_distributed
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
 from meanflow.training.run_folder import RunFolder
@@ -37,7 +37,7 @@ LABELLED = {
 }
 # Adam divides by the gradient's size, so that rounding in a gradient near zero would become a whole step.
 SMOOTH = {"optim__eps": 1.0, "optim__lr": 0.1}
-Member = Callable[[Processes, Path], Any]
+Member = Callable[[DistributedContext, Path], Any]
 
 
 def together(world: int, member: Member, folder: Path, seconds: float = 300) -> list[Any]:
@@ -63,25 +63,25 @@ def _play(rank: int, world: int, port: int, member: Member, folder: Path) -> Non
     redirect((folder / "log", folder / "log"))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    processes = start_processes("cpu")
-    result = member(processes, folder)
+    ctx = start_distributed("cpu")
+    result = member(ctx, folder)
     torch.save(result, folder / f"{world}-{rank}.result")
-    stop_processes()
+    stop_distributed()
 
 
-def trained(name: str, settings: dict, processes: Processes, folder: Path) -> None:
+def trained(name: str, settings: dict, ctx: DistributedContext, folder: Path) -> None:
     run, config = RunFolder(folder / name), tiny_config(**settings)
-    if processes.is_main:
+    if ctx.is_main:
         run.open_for(config)
-    assert train(config, run, processes, lambda line: None) == 0
+    assert train(config, run, ctx, lambda line: None) == 0
 
 
-def gradients(settings: dict, processes: Processes, folder: Path) -> dict[str, torch.Tensor]:
+def gradients(settings: dict, ctx: DistributedContext, folder: Path) -> dict[str, torch.Tensor]:
     config = tiny_config(**settings)
-    state = fresh_state(config, processes.device)
-    total, loss = GradientSum(state.network, processes), make_loss(state.network, config, processes.device)
-    stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, processes)
-    sums = StepSums(processes.device, False)
+    state = fresh_state(config, ctx.device)
+    total, loss = GradientSum(state.network, ctx), make_loss(state.network, config, ctx.device)
+    stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, ctx)
+    sums = StepSums(ctx.device, False)
     accumulate(loss, stream.micro_batches(1), stream.micro_steps, config.train.batch, total, sums)
     return {name: p.grad.clone() for name, p in state.network.named_parameters()}
 
@@ -131,14 +131,14 @@ class Forgetful(GradientSum):
             torch._foreach_mul_(self.buckets, 0.5)
 
 
-def drifting(settings: dict, loser: int | None, processes: Processes, folder: Path) -> str:
+def drifting(settings: dict, loser: int | None, ctx: DistributedContext, folder: Path) -> str:
     """The error of a run whose process `loser` is not synchronised; None: none of them is."""
     if loser is None:
-        loop.GradientSum = lambda network, *_: GradientSum(network, Processes(0, 1, processes.device))
+        loop.GradientSum = lambda network, *_: GradientSum(network, DistributedContext(0, 1, ctx.device))
     else:
         loop.GradientSum, Forgetful.loser = Forgetful, loser
     try:
-        trained(f"without {loser}", settings, processes, folder)
+        trained(f"without {loser}", settings, ctx, folder)
     except NumericsError as error:
         return str(error)
     return "nothing was noticed"

@@ -10,12 +10,12 @@ import torch
 from running import tiny_config
 
 from meanflow.training.checkpoint import list_checkpoints
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 from torture.compare import assert_equal_runs
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def damage(path: Path, chance: random.Random) -> str:

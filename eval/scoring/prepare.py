@@ -12,14 +12,14 @@ import torch
 import torch_fidelity
 from torch import Tensor
 
-from eval.extractors import Extractor
-from eval.features import extract_features
-from eval.files import NpzFile, sha256_json, write_npz
-from eval.metrics import Statistics
-from eval.processes import on_main
-from eval.references import Reference, size_words, who_made
+from eval.scoring.extractors import Extractor
+from eval.scoring.features import extract_features
+from eval.scoring.files import NpzFile, sha256_json, write_npz
+from eval.scoring.metrics import Statistics
+from meanflow.training.processes import run_on_rank0
+from eval.scoring.references import Reference, size_words, who_made
 from meanflow.errors import AssetError, UserError
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 
 REFERENCE_BATCH = 64  # fixed, so that a reference does not depend on the batch its user asks for
 
@@ -38,7 +38,7 @@ def prepare(
     extractor: Extractor,
     cache: Path,
     work: Path,
-    processes: Processes,
+    ctx: DistributedContext,
     title: str | None = None,
     keep: tuple[str, ...] = ("kid", "prc"),
 ) -> Prepared | None:
@@ -48,20 +48,20 @@ def prepare(
     wanted = [m for m in metrics if m in keep]
     need_statistics = "fid" in metrics and reference.statistics is None
     if not wanted and not need_statistics:
-        return Prepared(reference.statistics, {}) if processes.is_main else None
+        return Prepared(reference.statistics, {}) if ctx.is_main else None
     images = reference.images
     assert images is not None
     layers = sorted({extractor.layers[m] for m in (*wanted, *(["fid"] if need_statistics else []))})
     key = sha256_json([images.digest, extractor.name, extractor.weights, layers])[:32]
     features_file, statistics_file = cache / f"{key}-features.npz", cache / f"{key}-statistics.npz"
     if not wanted:
-        cached = on_main(processes, lambda: _cached_statistics(statistics_file))
+        cached = run_on_rank0(ctx, lambda: _cached_statistics(statistics_file))
         if cached is not None:
-            return Prepared(cached, {}) if processes.is_main else None
-    features = on_main(processes, lambda: _is_cached(features_file, layers, images.n)) or extract_features(
-        images, extractor, layers, REFERENCE_BATCH, work / f"reference-{key}", processes, title
+            return Prepared(cached, {}) if ctx.is_main else None
+    features = run_on_rank0(ctx, lambda: _is_cached(features_file, layers, images.n)) or extract_features(
+        images, extractor, layers, REFERENCE_BATCH, work / f"reference-{key}", ctx, title
     )
-    if not processes.is_main:
+    if not ctx.is_main:
         return None
     if features is True:
         file = NpzFile(features_file)

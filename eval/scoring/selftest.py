@@ -11,36 +11,36 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10
 
-from eval.extractors import INCEPTION, Options, create
-from eval.metrics import MetricOptions, compute
-from eval.prepare import prepare
-from eval.processes import gather
-from eval.references import open_reference
+from eval.scoring.extractors import INCEPTION, Options, create
+from eval.scoring.metrics import MetricOptions, compute
+from eval.scoring.prepare import prepare
+from meanflow.training.processes import gather
+from eval.scoring.references import open_reference
 from meanflow.errors import EXIT_ASSET, AssetError, NumericsError
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 
 PUBLISHED_IS, TOLERANCE = 11.2368, 0.01
 METRICS = ("isc", "fid")
 
 
-def selftest(options: Options, data: Path, cache: Path, processes: Processes) -> int:
+def selftest(options: Options, data: Path, cache: Path, ctx: DistributedContext) -> int:
     """Print the Inception Score of CIFAR-10's training set, and its FID against the test set.
 
     Nothing is downloaded: without weights or without CIFAR-10 in `data` it says "skipped" and returns 3. Raises
     NumericsError if the score is not the published one.
     """
     try:
-        extractor = create(INCEPTION, replace(options, device=processes.device, allow_download=False), METRICS)
+        extractor = create(INCEPTION, replace(options, device=ctx.device, allow_download=False), METRICS)
     except AssetError as error:
-        return _skip("no weights", error, processes)
+        return _skip("no weights", error, ctx)
     if not (data / CIFAR10.filename).exists():
-        return _skip("no CIFAR-10", f"{data} has no {CIFAR10.filename}", processes)
+        return _skip("no CIFAR-10", f"{data} has no {CIFAR10.filename}", ctx)
     train, test = (open_reference(name, data, False) for name in ("cifar10-train", "cifar10-test"))
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(gather(processes, scratch)[0])  # one folder for all
-        seen = prepare(train, METRICS, extractor, cache, work, processes, "train", keep=METRICS)
-        compared = prepare(test, ("fid",), extractor, cache, work, processes, "test")
-        processes.barrier()
+        work = Path(gather(ctx, scratch)[0])  # one folder for all
+        seen = prepare(train, METRICS, extractor, cache, work, ctx, "train", keep=METRICS)
+        compared = prepare(test, ("fid",), extractor, cache, work, ctx, "test")
+        ctx.barrier()
     if seen is None or compared is None:
         return 0
     features = {extractor.layers[metric]: seen.features[metric] for metric in METRICS}
@@ -54,8 +54,8 @@ def selftest(options: Options, data: Path, cache: Path, processes: Processes) ->
     return 0
 
 
-def _skip(what: str, reason: object, processes: Processes) -> int:
-    if processes.is_main:
+def _skip(what: str, reason: object, ctx: DistributedContext) -> int:
+    if ctx.is_main:
         print(f"skipped: {what}")
         print(reason, file=sys.stderr)
     return EXIT_ASSET

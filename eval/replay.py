@@ -1,4 +1,4 @@
-"""`python -m meanflow.training.replay FILE`: the step at which a run stopped for its numbers, once more.
+"""`python -m eval.replay FILE`: the step at which a run stopped for its numbers, once more.
 
 Such a run leaves FILE, RUN/failures/STEP.json, with the seeds and images of that step's batch, and STEP.pt beside it
 with the weights before it. Any checkpoint's JSON will do as well: then it is the step after it. The batch is made
@@ -16,7 +16,7 @@ from meanflow.errors import ConfigError, run_main
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import Checkpoint, load_checkpoint
 from meanflow.training.config import config_from_tree
-from meanflow.training.distributed import GradientSum, Processes, start_processes
+from meanflow.training.processes import GradientSum, DistributedContext, start_distributed
 from meanflow.training.loop import describe, open_data
 from meanflow.training.metrics import StepSums
 from meanflow.training.state import copy_strictly, fresh_state
@@ -33,7 +33,7 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callab
     config = config_from_tree(checkpoint.meta["config"], where)
     failure, done = checkpoint.meta.get("failure", {}), checkpoint.meta["step"]
     configure_numerics(config.train)
-    alone, rows = Processes(0, 1, device), []
+    alone, rows = DistributedContext(0, 1, device), []
     dataset = open_data(config, alone, say)
     if describe(dataset)["sha256"] != checkpoint.meta["data"]["sha256"]:
         raise ConfigError(f"{where}: the data are other images now than those of the run")
@@ -43,7 +43,7 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callab
     say(f"step {done + 1:,} of {where}" + (f", which failed with {failure['what']}" if failure else ""))
 
     world = failure.get("processes", 1)
-    streams = [BatchStream(dataset, config, Processes(rank, world, device)) for rank in range(world)]
+    streams = [BatchStream(dataset, config, DistributedContext(rank, world, device)) for rank in range(world)]
     compute, sums = make_loss(network, config, device), StepSums(device, False)
     gradients = GradientSum(network, alone, kept=config.train.compile is not None)
 
@@ -76,12 +76,12 @@ def _name_bad(network: torch.nn.Module, rows: list[tuple[float, float, float]], 
 
 
 def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    parser = argparse.ArgumentParser(prog="python -m meanflow.training.replay", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eval.replay", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="RUN/failures/STEP.json, or a checkpoint's JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     args = parser.parse_args(argv)
     path = args.file.with_suffix(".pt")
-    device = start_processes(args.device).device
+    device = start_distributed(args.device).device
     finite = replay(load_checkpoint(path), str(path), device, say)
     say("all of it is finite" if finite else "it is not finite here either")
     return 0

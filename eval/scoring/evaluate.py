@@ -7,16 +7,16 @@ import shutil
 import time
 from pathlib import Path
 
-from eval.features import extract_features, images_done
-from eval.files import write_json
-from eval.metrics import compute
-from eval.prepare import Prepared, prepare
-from eval.processes import agree, on_main
-from eval.protocol import Request, Variant, flat, open_work, result, settings, stands
-from eval.references import check_reference
-from eval.workers import one_thread
+from eval.scoring.features import extract_features, images_done
+from eval.scoring.files import write_json
+from eval.scoring.metrics import compute
+from eval.scoring.prepare import Prepared, prepare
+from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
+from eval.scoring.protocol import Request, Variant, flat, open_work, result, settings, stands
+from eval.scoring.references import check_reference
+from eval.scoring.workers import one_thread
 from meanflow.errors import AssetError, IncompleteError, UserError
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 
 
 def preflight(request: Request, variants: list[Variant]) -> list[str]:
@@ -69,7 +69,7 @@ def _layers(request: Request) -> list[str]:
 
 
 def evaluate(
-    request: Request, variants: list[Variant], processes: Processes, progress: bool = True
+    request: Request, variants: list[Variant], ctx: DistributedContext, progress: bool = True
 ) -> list[dict] | None:
     """The results of all `variants`, on process 0 (None on the others), written to `request.out` as JSON.
 
@@ -78,12 +78,12 @@ def evaluate(
     """
     warnings = preflight(request, variants)
     wanted = settings(request, variants)
-    agree(processes, flat(wanted), "settings")
+    assert_same_on_all_ranks(ctx, flat(wanted), "settings")
     if request.resume == "reuse":
-        standing = on_main(processes, lambda: [stands(_file(request, v), wanted[v.name]) for v in variants])
+        standing = run_on_rank0(ctx, lambda: [stands(_file(request, v), wanted[v.name]) for v in variants])
         if all(standing):
-            return standing if processes.is_main else None
-    work = on_main(processes, lambda: open_work(request.out / "work", wanted, request.resume))
+            return standing if ctx.is_main else None
+    work = run_on_rank0(ctx, lambda: open_work(request.out / "work", wanted, request.resume))
     results: list[dict] = []
     try:
         prepared = prepare(
@@ -92,23 +92,23 @@ def evaluate(
             request.extractor,
             request.cache,
             work,
-            processes,
+            ctx,
             "reference" if progress else None,
         )
         for variant in variants:
-            found = _score(request, variant, prepared, work, processes, warnings, progress)
+            found = _score(request, variant, prepared, work, ctx, warnings, progress)
             if found is not None:
                 results.append(found)
     except KeyboardInterrupt:
-        if processes.is_main:
+        if ctx.is_main:
             for variant in variants[len(results) :]:
-                unfinished = result(request, variant, "incomplete", {}, warnings, {"processes": processes.world})
+                unfinished = result(request, variant, "incomplete", {}, warnings, {"processes": ctx.world})
                 write_json(_file(request, variant), unfinished)
         raise IncompleteError(
             f"interrupted: the features of {images_done(work):,} images are kept in {work}; the same command "
             f"{'' if request.resume == 'reuse' else 'with --resume '}continues"
         ) from None
-    if not processes.is_main:
+    if not ctx.is_main:
         return None
     shutil.rmtree(work)
     if not any(work.parent.iterdir()):
@@ -125,7 +125,7 @@ def _score(
     variant: Variant,
     prepared: Prepared | None,
     work: Path,
-    processes: Processes,
+    ctx: DistributedContext,
     warnings: list[str],
     progress: bool,
 ) -> dict | None:
@@ -137,7 +137,7 @@ def _score(
         _layers(request),
         request.batch,
         work / variant.name,
-        processes,
+        ctx,
         variant.name if progress else None,
     )
     if features is None or prepared is None:
@@ -148,7 +148,7 @@ def _score(
             request.metrics, request.extractor, features, prepared.statistics, prepared.features, request.options
         )
     circumstances = {
-        "processes": processes.world,
+        "processes": ctx.world,
         "seconds_features": round(extracted - started, 3),
         "seconds_metrics": round(time.monotonic() - extracted, 3),
     }

@@ -1,4 +1,4 @@
-"""Processes and the averaging of their gradients.
+"""The distributed context: ranks, what they tell each other, and the averaging of their gradients.
 
 There is no DistributedDataParallel here. Its reducer prepares itself in the wrapper's `forward`, which a JVP of the
 network has to bypass; gradients then stay unsynchronised without any error (PyTorch issues 102197, 182661). Instead
@@ -7,23 +7,25 @@ all-reduce of a bucket while the backward pass goes on.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _abort_process_group
 
-from meanflow.errors import IncompleteError
+from meanflow.errors import IncompleteError, UserError
 
 BUCKET_BYTES = 25 * 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """This process among its peers. `world` is 1 and nothing is initialised without a launcher."""
 
     rank: int
@@ -49,7 +51,7 @@ class Processes:
             dist.barrier()
 
 
-def start_processes(device: str | None = None) -> Processes:
+def start_distributed(device: str | None = None) -> DistributedContext:
     """Join the peers that torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or stand alone.
 
     `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises IncompleteError if they cannot be reached.
@@ -64,7 +66,7 @@ def start_processes(device: str | None = None) -> Processes:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
         except RuntimeError as error:
             raise IncompleteError(_not_connected(error)) from error
-    return Processes(int(os.environ.get("RANK", 0)), world, where)
+    return DistributedContext(int(os.environ.get("RANK", 0)), world, where)
 
 
 def _not_connected(error: RuntimeError) -> str:
@@ -75,13 +77,13 @@ def _not_connected(error: RuntimeError) -> str:
     return line
 
 
-def stop_processes() -> None:
+def stop_distributed() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def leaving_processes() -> Iterator[None]:
+def leaving_distributed() -> Iterator[None]:
     """What is done inside may join other processes (`start_processes`); after it this one leaves them.
 
     After an error it does so at once: NCCL's farewell first waits for all that is queued, with peers that may be
@@ -92,22 +94,60 @@ def leaving_processes() -> Iterator[None]:
     except BaseException:
         if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
             _abort_process_group()
-        stop_processes()
+        stop_distributed()
         raise
-    stop_processes()
+    stop_distributed()
 
 
 @contextmanager
-def lost_peers_named(processes: Processes) -> Iterator[None]:
+def lost_ranks_explained(ctx: DistributedContext) -> Iterator[None]:
     """Raises IncompleteError where a collective fails because another process has ended."""
     try:
         yield
     except RuntimeError as error:  # gloo's are of this type
-        if processes.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if ctx.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise IncompleteError(
-            f"process {processes.rank} lost another process, whose own message says why; the same command continues"
+            f"process {ctx.rank} lost another process, whose own message says why; the same command continues"
         ) from error
+
+
+def gather(ctx: DistributedContext, value: Any) -> list:
+    """`value` (picklable) of every process, in the order of their ranks, on each of them."""
+    if ctx.world == 1:
+        return [value]
+    values = [None] * ctx.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def assert_same_on_all_ranks(ctx: DistributedContext, value: dict, what: str) -> None:
+    """Raises UserError, on every process, unless all of them hold an equal `value` (a flat dict)."""
+    values = gather(ctx, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            differing = sorted(k for k in {*other, *values[0]} if other.get(k) != values[0].get(k))
+            raise UserError(
+                f"process {rank} got other {what} than process 0 ({', '.join(differing)} differ): "
+                "start all of them with one command line"
+            )
+
+
+def run_on_rank0(ctx: DistributedContext, work: Callable[[], T]) -> T:
+    """Run `work` on process 0 while the others wait; its result, or its UserError, on all of them."""
+    result, error = None, None
+    if ctx.is_main:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+    if ctx.world > 1:
+        box = [result, error]
+        dist.broadcast_object_list(box, src=0)
+        result, error = box
+    if error is not None:
+        raise error
+    return result
 
 
 class GradientSum:
@@ -119,8 +159,8 @@ class GradientSum:
     to add up micro-batches, since what it returned itself is gone when it runs again.
     """
 
-    def __init__(self, network: nn.Module, processes: Processes, kept: bool = False):
-        self.world = processes.world
+    def __init__(self, network: nn.Module, ctx: DistributedContext, kept: bool = False):
+        self.world = ctx.world
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.buckets: list[Tensor] = []
         if self.world == 1:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.extractors import Extractor
-from eval.files import NpzFile, write_npz
-from eval.processes import on_main
-from eval.sources import Source
-from eval.workers import each
+from eval.scoring.extractors import Extractor
+from eval.scoring.files import NpzFile, write_npz
+from meanflow.training.processes import run_on_rank0
+from eval.scoring.sources import Source
+from eval.scoring.workers import each
 from meanflow.errors import AssetError, NumericsError
 from meanflow.precision import exact_float32
-from meanflow.progress import progress_bar
-from meanflow.training.distributed import Processes
+from meanflow.logs import progress_bar
+from meanflow.training.processes import DistributedContext
 
 
 def batches(n: int, batch: int) -> Iterator[tuple[int, int]]:
@@ -35,17 +35,17 @@ def extract_features(
     layers: Sequence[str],
     batch: int,
     work: Path,
-    processes: Processes,
+    ctx: DistributedContext,
     title: str | None = None,
 ) -> dict[str, Tensor] | None:
     """{layer: (N, D) float32} in sample order on process 0, None on the others.
 
     Each batch's features are written to `work` as they come; those that are there and whole are not computed
-    again, so the folder must belong to this source, extractor and batch (see `eval.protocol.open_work`).
+    again, so the folder must belong to this source, extractor and batch (see `eval.scoring.protocol.open_work`).
     `title` names the progress bar (None: no bar). Raises NumericsError for features that are not finite.
     """
     pieces = list(batches(source.n, batch))
-    missing = on_main(processes, lambda: [piece for piece in pieces if not _whole(work, piece)])
+    missing = run_on_rank0(ctx, lambda: [piece for piece in pieces if not _whole(work, piece)])
 
     def extract(piece: tuple[int, int]) -> int:
         features = extractor.extract(source.images(*piece))
@@ -57,15 +57,15 @@ def extract_features(
         initial=source.n - sum(stop - start for start, stop in missing),
         desc=title,
         unit=" images",
-        disable=title is None or not processes.is_main,
+        disable=title is None or not ctx.is_main,
     )
-    mine = missing[processes.rank :: processes.world]
+    mine = missing[ctx.rank :: ctx.world]
     with bar, exact_float32(), closing(each(extract, mine, extractor.device)) as counts:
         for count in counts:
             # The processes keep pace with each other: one's batch stands for a batch of each.
-            bar.update(min(count * processes.world, source.n - bar.n))
-    processes.barrier()
-    if not processes.is_main:
+            bar.update(min(count * ctx.world, source.n - bar.n))
+    ctx.barrier()
+    if not ctx.is_main:
         return None
     return _merge(work, pieces, layers)
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch_fidelity
 
-from eval.extractors import Extractor
-from eval.files import read_json, sha256_json, write_json
-from eval.metrics import MetricOptions
-from eval.references import Reference
-from eval.sources import Source
+from eval.scoring.extractors import Extractor
+from eval.scoring.files import read_json, sha256_json, write_json
+from eval.scoring.metrics import MetricOptions
+from eval.scoring.references import Reference
+from eval.scoring.sources import Source
 from meanflow.errors import UserError
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""`python -m eval.agreement RUN`: do samples show the class that was asked for? A plain classifier judges.
+"""`python -m eval.scoring.classifier RUN`: do samples show the class that was asked for? A plain classifier judges.
 
 It is a support vector machine (scikit-learn, RBF kernel, default settings) fitted to the pixels of the run's own
 training images. That suits small images such as digits; beside the share of agreement stands how well the
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.files import write_json
-from eval.generate import Model, generate, load_model, to_uint8
-from eval.subjects import Sampling, draw_labels
+from eval.scoring.files import write_json
+from meanflow.training.model import Model, generate, load_model, to_uint8
+from eval.scoring.subjects import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import UserError, run_main
@@ -40,7 +40,7 @@ class Agreement:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.agreement", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eval.scoring.classifier", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of a class-conditional run")
     parser.add_argument("--n", type=int, default=5000, help="samples (5000)")
     parser.add_argument("--steps", type=int, default=1, help="network evaluations a sample, NFE (1)")

@@ -1,10 +1,9 @@
-"""`python -m eval.launch N MODULE …`: eval.run or eval.table by N processes, one for each GPU. `run.sh` calls it.
+"""The job in several processes of this machine, one for each GPU, started by torchrun's own agent.
 
-torchrun's own agent does the work. Added are its manners: a wrong setting is one line and not one for each process,
-the exit code is the one that a single process would have ended with, and Ctrl-C leaves time to save.
+Added are its manners: the exit code is the one that a single process would have ended with, and Ctrl-C leaves time to
+save.
 """
 
-import importlib
 import logging
 import os
 import signal
@@ -23,8 +22,6 @@ from meanflow.errors import (
     EXIT_INTERRUPTED,
     EXIT_NUMERICS,
     EXIT_USAGE,
-    UserError,
-    run_main,
 )
 from meanflow.training.signals import EXIT_TERMINATED
 
@@ -32,13 +29,10 @@ SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in loggin
 EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED}
 
 
-def main(argv: list[str] | None = None) -> int:
-    count, module, *arguments = sys.argv[1:] if argv is None else argv
-    if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"NPROC={count}: the number of processes must be 1 or more")
-    importlib.import_module(module).check(arguments, int(count))
+def run_in_processes(count: int, program: list[str]) -> int:
+    """Run `python PROGRAM…` in `count` processes; the exit code."""
     with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
-        return launch(int(count), ["-m", module, *arguments], Path(logs))
+        return launch(count, program, Path(logs))
 
 
 def launch(count: int, program: list[str], logs: Path) -> int:
@@ -81,6 +75,3 @@ def _explain(codes: dict[int, int], logs: Path) -> int:
             print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
     return codes[culprits[0]] if culprits else codes.get(0, next(iter(codes.values())))
 
-
-if __name__ == "__main__":
-    raise SystemExit(run_main(main))

@@ -1,6 +1,5 @@
-"""From a checkpoint to images: sample k depends on (seed, k) alone."""
+"""From a run or checkpoint to a network that samples: sample k depends on (seed, k) alone."""
 
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.official import read_official
 from meanflow.data import LatentsConfig
 from meanflow.data.codec import Codec, open_codec
 from meanflow.errors import NumericsError, UserError
+from meanflow.logs import log
 from meanflow.random import derive_seed
-from meanflow.sampling import sample, time_grid
+from meanflow.sampling import sample
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.config import RunConfig, config_from_tree
-from meanflow.training.network import build_network
+from meanflow.training.config import WEIGHTS, RunConfig, config_from_tree
+from meanflow.training.official import read_official
 from meanflow.training.run_folder import find_checkpoint
-from meanflow.training.state import copy_strictly
-
-WEIGHTS = "weights"  # instead of an EMA: the weights as the optimiser left them
+from meanflow.training.state import build_network, copy_strictly
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,57 @@ class Model:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def sample(
+        self,
+        n: int,
+        steps: int = 1,
+        seed: int = 0,
+        classes: int | list[int] | Tensor | None = None,
+        grid: tuple[float, ...] | None = None,
+        batch: int = 256,
+    ) -> Tensor:
+        """n samples as float32 images (n, C, H, W), about [−1, 1], on the CPU.
+
+        steps: network evaluations a sample; grid: the times themselves, from 1 to 0, in their place. classes: one for
+        all, or one for each; by default each class in turn. batch: samples at once, which changes nothing but memory.
+        Raises UserError for classes that the network does not know, ValueError for steps or a grid that is none.
+        """
+        labels = self.class_labels(n, classes)
+        parts = []
+        for start in range(0, n, batch):
+            stop = min(start + batch, n)
+            chosen = None if labels is None else labels[start:stop]
+            parts.append(generate(self, start, stop, steps, seed, chosen, grid).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, *self.config.image_shape)
+
+    def class_labels(self, n: int, classes: int | list[int] | Tensor | None = None) -> Tensor | None:
+        """(n,) int64, None if unconditional. Raises UserError for a class that is not there, or another number of them."""
+        known = self.config.model.classes
+        if not known:
+            if classes is not None:
+                raise UserError(f"{self.path}: is unconditional, it knows no classes")
+            return None
+        if classes is None:
+            return torch.arange(n) % known
+        labels = torch.as_tensor(classes)
+        labels = labels.expand(n) if labels.ndim == 0 else labels
+        if labels.shape != (n,) or labels.is_floating_point():
+            raise UserError(f"classes must be one whole number or {n} of them")
+        if n and not (0 <= int(labels.min()) and int(labels.max()) < known):
+            raise UserError(f"{self.path}: classes must be in 0 … {known - 1}")
+        return labels.long()
+
+
+def load(what: str | Path, ema: float | str | None = None, device: str | torch.device | None = None) -> Model:
+    """The network of a run folder or checkpoint file (ours, or an official one), in evaluation mode.
+
+    ema: one of the decays kept, "weights", or None for the recipe's. device: by default CUDA where there is one.
+    Raises AssetError if there is no intact checkpoint, UserError for an average that it does not keep.
+    """
+    path, checkpoint = open_checkpoint(Path(what).expanduser())
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model_of(path, checkpoint, None if ema is None else str(ema), device)
+
 
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint file `what` (ours or an official one), or the newest intact one of the run folder `what`.
@@ -55,21 +103,12 @@ def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
         return what, official
     path, checkpoint, complaints = find_checkpoint(what)
     for complaint in complaints:
-        print(f"warning: {complaint}; using {path.name}", file=sys.stderr)
+        log.warning(f"{complaint}; using {path.name}")
     return path, checkpoint
 
 
-def load_model(what: Path, ema: str | None, device: torch.device) -> Model:
-    """The network of a run folder or checkpoint file, in evaluation mode.
-
-    `ema`: one of the decays kept, "weights", or None for the recipe's. Raises AssetError or UserError.
-    """
-    path, checkpoint = open_checkpoint(what)
-    return model_of(path, checkpoint, ema, device)
-
-
 def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.device) -> Model:
-    """One network of an opened checkpoint; see `load_model`."""
+    """One network of an opened checkpoint; see `load`."""
     config = config_from_tree(checkpoint.meta["config"], str(path))
     ema = repr(config.ema.eval) if ema is None else ema
     if ema != WEIGHTS and ema not in checkpoint.ema:
@@ -98,14 +137,22 @@ def noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
-def generate(model: Model, start: int, stop: int, steps: int, seed: int, labels: Tensor | None = None) -> Tensor:
+def generate(
+    model: Model,
+    start: int,
+    stop: int,
+    steps: int,
+    seed: int,
+    labels: Tensor | None = None,
+    grid: tuple[float, ...] | None = None,
+) -> Tensor:
     """Samples start … stop − 1 as float32 images (B, C, H, W), about [−1, 1], on the model's device.
 
     labels (B,) int64: the classes asked for, None for unconditional. Raises NumericsError if one is not finite.
     """
     z = noise(seed, start, stop, model.shape).to(model.device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(model.device)}
-    images = sample(model.network, z, time_grid(steps), **cond)
+    images = sample(model.network, z, steps, grid, **cond)
     if model.codec is not None:
         images = model.codec.decode(images)
     if not torch.isfinite(images).all():
@@ -113,7 +160,7 @@ def generate(model: Model, start: int, stop: int, steps: int, seed: int, labels:
     return images
 
 
-def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
-    """[−1, 1] → 0 … 255: "round" truncates 127.5·x + 128, "floor" takes ⌊255·(x + 1)/2⌋ (official CIFAR-10 code)."""
+def to_uint8(images: Tensor, rule: str) -> Tensor:
+    """[−1, 1] → 0 … 255: "round" truncates 127.5·x + 128, "floor" takes ⌊255·(x + 1)/2⌋ (see sample.uint8)."""
     scaled = images * 127.5 + 128 if rule == "round" else (images + 1) * 127.5
     return scaled.clamp(0, 255).to(torch.uint8)

@@ -20,7 +20,7 @@ from torch_fidelity.metric_prc import (
     prc_features_to_metric,
 )
 
-from eval.extractors import Extractor
+from eval.scoring.extractors import Extractor
 from meanflow.errors import NumericsError
 
 

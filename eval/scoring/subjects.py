@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.generate import WEIGHTS, Model, generate, model_of, to_uint8
-from eval.protocol import Variant
+from meanflow.training.model import WEIGHTS, Model, generate, model_of, to_uint8
+from eval.scoring.protocol import Variant
 from meanflow.errors import UserError
 from meanflow.random import generator
 from meanflow.sampling import time_grid

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.files import NpzFile, sha256_images
+from eval.scoring.files import NpzFile, sha256_images
 from meanflow.data.images import MODES, load_images
 from meanflow.data.layout import arrange
 from meanflow.data.sources import open_source

@@ -1,12 +1,27 @@
-"""What keeps a run from going on with numbers that cannot be used, or with processes that have drifted apart."""
+"""Numbers that cannot be used, and processes that have drifted apart: found, stopped, left for a replay."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from meanflow.data import batch_indices
 from meanflow.errors import NumericsError
-from meanflow.training.distributed import Processes
+from meanflow.random import derive_seed
+from meanflow.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from meanflow.training.config import RunConfig
+from meanflow.training.processes import DistributedContext
+from meanflow.training.run_folder import RunFolder
 
 SETTLE = 100  # norms in the running mean of the spike guard; it judges from then on
+ADVICE = (
+    "Try a smaller optim.lr, a longer optim.warmup_steps, optim.clip=1.0, or train.precision=fp32 in a new run; "
+    "bash run.sh replay {file} makes the step again"
+)
 
 
 class Guard:
@@ -57,26 +72,26 @@ class NotFinite(NumericsError):
 
 
 @torch.no_grad()
-def check(tensors: dict[str, dict[str, Tensor]], step: int, processes: Processes) -> None:
+def check(tensors: dict[str, dict[str, Tensor]], step: int, ctx: DistributedContext) -> None:
     """Are all of these groups of float32 tensors finite, and the same to the bit on every process?
 
     Every process must call it at the same point, with `step` steps done. Waits for the device once. Raises, on all
     of them, NotFinite for the step that would come next, or NumericsError naming the process that has drifted.
     """
-    here, groups = processes.device, tensors.values()  # averages may live on the host
+    here, groups = ctx.device, tensors.values()  # averages may live on the host
     finite = [total(group).isfinite().long().to(here) for group in groups]
-    sums = [checksum(group).to(here) if processes.world > 1 else finite[0].new_zeros(()) for group in groups]
+    sums = [checksum(group).to(here) if ctx.world > 1 else finite[0].new_zeros(()) for group in groups]
     mine = torch.stack([finite[0].new_tensor(step), *finite, *sums])
-    table = mine.new_zeros(processes.world, len(mine))
-    table[processes.rank] = mine
-    (steps, *columns) = processes.all_reduce(table).T.cpu().tolist()
-    _same("is at another step", steps, step, processes.world)
+    table = mine.new_zeros(ctx.world, len(mine))
+    table[ctx.rank] = mine
+    (steps, *columns) = ctx.all_reduce(table).T.cpu().tolist()
+    _same("is at another step", steps, step, ctx.world)
     for group, flags, found in zip(tensors, columns[: len(tensors)], columns[len(tensors) :], strict=True):
         if not all(flags):
             names = [name for name, x in tensors[group].items() if not x.isfinite().all()]
             such = f" (such as {names[0]}; {len(names)} of {len(tensors[group])} tensors)" if names else ""
             raise NotFinite(step + 1, f"{group} not finite{such}")
-        _same(f"holds other {group}", found, step, processes.world)
+        _same(f"holds other {group}", found, step, ctx.world)
 
 
 def total(group: dict[str, Tensor]) -> Tensor:
@@ -101,3 +116,48 @@ def _same(complaint: str, values: list[int], step: int, world: int) -> None:
             f"step {step}: of {world} processes, process {', '.join(odd)} {complaint}: gradients were not "
             "synchronised, its device or memory is at fault, or the run folder is not the same on all nodes"
         )
+
+
+@contextmanager
+def failures_explained(
+    run: RunFolder, config: RunConfig, ctx: DistributedContext, snapshot: Callable[[], Checkpoint]
+) -> Iterator[None]:
+    """Around what may find numbers that cannot be used: adds to the error what is left and what to do.
+
+    Writes the step for a replay where it has one (NotFinite), from the `snapshot` of the state. Every process must be
+    inside.
+    """
+    try:
+        yield
+    except NumericsError as error:
+        good = list_checkpoints(run.checkpoints)
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        advice = ""
+        if isinstance(error, NotFinite):
+            file = run.failures / f"{error.step:08d}.json"
+            if ctx.is_main:
+                record_failure(run, config, snapshot(), error, ctx.world)
+            ctx.barrier()  # a process that fails ends the others, and the file is not written yet
+            advice = f". {ADVICE.format(file=file)}"
+        raise NumericsError(f"{error}. Stopped; {kept}{advice}") from error
+
+
+def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed: NotFinite, world: int) -> Path:
+    """Write what `eval.replay` needs of the step that failed; the JSON's path.
+
+    `before`: the weights before that step (see Guard). Raises AssetError if the disk refuses.
+    """
+    done = failed.step - 1
+    seed, batch = config.seed, config.train.batch
+    purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment",))]
+    if config.guidance is not None:
+        purposes.append("label drop")
+    failure = {
+        "step": failed.step,
+        "what": failed.what,
+        "processes": world,
+        "seeds": {purpose: derive_seed(seed, purpose, done) for purpose in purposes},
+        "images": batch_indices(before.meta["data"]["images"], seed, done * batch, batch).tolist(),
+    }
+    weights = replace(before, ema={}, optimizer={}, meta={**before.meta, "step": done, "failure": failure})
+    return save_checkpoint(run.failures, failed.step, weights).with_suffix(".json")

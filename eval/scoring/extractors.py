@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from eval.files import load_tensors, sha256_file
+from eval.scoring.files import load_tensors, sha256_file
 from meanflow.errors import AssetError, UserError
 from meanflow.precision import exact_float32
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from eval.evaluate import evaluate
-from eval.extractors import Extractor, Options, create, prefetch
-from eval.files import default_cache, read_json, write_json
-from eval.generate import codec_of, open_checkpoint
-from eval.metrics import MetricOptions, Statistics, frechet
-from eval.processes import on_main
-from eval.protocol import Request, table
-from eval.references import NAMED, Reference, check_reference, open_reference, reference_of_images
-from eval.subjects import Sampling, variants_of
+from eval.scoring.evaluate import evaluate
+from eval.scoring.extractors import Extractor, Options, create, prefetch
+from eval.scoring.files import default_cache, read_json, write_json
+from meanflow.training.model import codec_of, open_checkpoint
+from eval.scoring.metrics import MetricOptions, Statistics, frechet
+from meanflow.training.processes import run_on_rank0
+from eval.scoring.protocol import Request, table
+from eval.scoring.references import NAMED, Reference, check_reference, open_reference, reference_of_images
+from eval.scoring.subjects import Sampling, variants_of
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
@@ -24,7 +24,7 @@ from meanflow.precision import exact_float32
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
 from meanflow.training.config import RunConfig
-from meanflow.training.distributed import Processes
+from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
 
@@ -60,21 +60,21 @@ def preflight(config: RunConfig) -> list[str]:
 
 
 def score_run(
-    run: RunFolder, config: RunConfig, processes: Processes, say: Say = print, what: Path | None = None
+    run: RunFolder, config: RunConfig, ctx: DistributedContext, say: Say = print, what: Path | None = None
 ) -> list[dict]:
     """Score the checkpoint `what` (None: the newest) with the recipe's EMA at each of `config.eval.steps`.
 
     Returns the results (main process). They are written to RUN/eval/*.json and shown as a table. What an interrupted
     call has done is used, and results that stand there already are not made again. Raises what
-    `eval.evaluate.evaluate` raises.
+    `eval.scoring.evaluate.evaluate` raises.
     """
     path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", "round")
     variants = variants_of(
-        path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, processes.device
+        path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, ctx.device
     )
-    extractor = _extractor_for_all(config, processes)
-    results = evaluate(_request(run, config, extractor, _reference(config)), variants, processes)
+    extractor = _extractor_for_all(config, ctx)
+    results = evaluate(_request(run, config, extractor, _reference(config)), variants, ctx)
     if results is None:
         return []
     say(table(results))
@@ -93,11 +93,11 @@ class ScoreDuring:
         self._say = say
         self._reference: Reference | None = None
 
-    def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, processes: Processes) -> None:
-        say = self._say if processes.is_main else lambda line: None
-        with _undisturbed(processes.device):
+    def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, ctx: DistributedContext) -> None:
+        say = self._say if ctx.is_main else lambda line: None
+        with _undisturbed(ctx.device):
             try:
-                extractor = _extractor_for_all(config, processes)
+                extractor = _extractor_for_all(config, ctx)
             except AssetError as error:
                 say(f"warning: step {state.step:,} is not scored: {error}")
                 return
@@ -113,10 +113,10 @@ class ScoreDuring:
                 "all",
                 config.eval.steps,
                 sampling,
-                processes.device,
+                ctx.device,
             )
             request = _request(run, config, extractor, self._reference)
-            results = evaluate(request, variants, processes, progress=False)
+            results = evaluate(request, variants, ctx, progress=False)
         if results is not None:
             say(table(results))
             keep_best(path, results, extractor.label("fid"), repr(config.ema.eval), config.eval.steps[0])
@@ -153,12 +153,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def floor(config: RunConfig) -> float:
+def real_vs_real(config: RunConfig) -> float:
     """The distance between two random halves of the reference images: what a perfect generator would score.
 
     For small extractors such as pixels. Raises UserError if the reference is statistics without images.
     """
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = DistributedContext(0, 1, torch.device("cpu"))
     extractor = _extractor(config, alone.device)
     source = _reference(config).images
     if source is None:
@@ -175,10 +175,10 @@ def _extractor(config: RunConfig, device: torch.device) -> Extractor:
     return create(config.eval.extractor, Options(device, allow_download=True), METRICS)
 
 
-def _extractor_for_all(config: RunConfig, processes: Processes) -> Extractor:
+def _extractor_for_all(config: RunConfig, ctx: DistributedContext) -> Extractor:
     """The main process downloads what is missing before the others look."""
-    options = Options(processes.device, allow_download=True)
-    on_main(processes, lambda: prefetch(config.eval.extractor, options))
+    options = Options(ctx.device, allow_download=True)
+    run_on_rank0(ctx, lambda: prefetch(config.eval.extractor, options))
     return create(config.eval.extractor, options, METRICS)
 
 

@@ -2,11 +2,18 @@
 
 import math
 import re
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from meanflow.errors import AssetError
+from meanflow.training.config import RunConfig
+from meanflow.training.model import Model, load, to_uint8
+from meanflow.training.run_folder import RunFolder
 
 SMOOTH_BELOW = 16  # pixels a side: smaller images are enlarged smoothly, since the eye cannot read them as squares
 WIDTH = 800  # about, in pixels
@@ -66,3 +73,47 @@ def pil(image: Tensor) -> Image.Image:
     """uint8 (C, H, W), grey or RGB."""
     array = image.permute(1, 2, 0).numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def class_labels(model: Model, n: int, label: int | None, columns: int | None = None) -> Tensor | None:
+    """(n,) int64: `label`, or each class in turn, or in a grid of `columns` a class for each row.
+
+    None if unconditional. Raises UserError for a class that is not there.
+    """
+    classes = model.config.model.classes
+    if classes and label is None and columns is not None:
+        return row_labels(n, columns, classes)
+    return model.class_labels(n, label)
+
+
+def captions(model: Model, labels: Tensor | None, columns: int) -> list[str] | None:
+    """What stands beside each row of a grid: the name of its class, where the run knows it and the row has just one."""
+    if labels is None or not model.meta["data"]["classes"]:
+        return None
+    names, rows = class_names(model.meta["data"]["classes"]), labels.split(columns)
+    return [names[row[0]] if (row == row[0]).all() else "" for row in rows]
+
+
+def write(images: Tensor, out: Path, columns: int | None = None, captions: list[str] | None = None) -> None:
+    """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs. Raises AssetError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            grid(images, columns_of(len(images), columns), captions).save(out)
+        elif out.suffix == ".npz":
+            np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
+        else:
+            out.mkdir(exist_ok=True)
+            for k, image in enumerate(images):
+                pil(image).save(out / f"{k:06d}.png")
+    except OSError as error:
+        raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def write_grid(run: RunFolder, config: RunConfig, device: torch.device) -> None:
+    """The grid that the recipe asks for, as RUN/samples.png."""
+    model = load(run.path, device=device)
+    columns = columns_of(config.sample.count, config.sample.columns)
+    labels = class_labels(model, config.sample.count, None, columns)
+    images = model.sample(config.sample.count, config.sample.steps, config.sample.seed, labels)
+    write(to_uint8(images, config.sample.uint8), run.path / "samples.png", columns, captions(model, labels, columns))

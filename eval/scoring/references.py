@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from eval.extractors import Extractor
-from eval.files import NpzFile, load_tensors, numpy_classes, sha256_file
-from eval.metrics import MetricOptions, Statistics
-from eval.sources import ImagesSource, images_from_array, read_images
+from eval.scoring.extractors import Extractor
+from eval.scoring.files import NpzFile, load_tensors, numpy_classes, sha256_file
+from eval.scoring.metrics import MetricOptions, Statistics
+from eval.scoring.sources import ImagesSource, images_from_array, read_images
 from meanflow.data import DataConfig, load_dataset
 from meanflow.errors import AssetError, NumericsError, UserError
 

@@ -1,0 +1,1 @@
+"""Scoring: what is evaluated, by which features, against which reference, with which metrics."""

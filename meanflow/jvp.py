@@ -1,0 +1,180 @@
+"""u and du/dt together: for which rows, by which method, compiled or not.
+
+An objective calls `jvp(u, (z, r, t), (dz, dr, dt), rows=…, **cond)` and need not know more. Rows that need no
+derivative are moved behind the others, so that a tangent covers the first n rows of a batch only.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from meanflow.dual import Dual, value_of
+
+Network = Callable[..., Tensor]  # u(z, r, t, **cond)
+METHODS = ("dual", "func")
+PARTS = 8  # of a compiled batch: its number of rows with a derivative is rounded up to eighths
+
+
+def value_and_jvp(
+    u: Network,
+    primals: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, float, float],
+    *,
+    rows: Tensor,
+    take: Callable | None = None,
+    **cond: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """u(z, r, t, **cond) with its graph, and its derivative along `tangents` without one, both (B, …).
+
+    primals (z, r, t): (B, …), (B,), (B,). tangents (dz, dr, dt): (B, …) and two numbers. rows (B,) bool, best on the
+    CPU: where the derivative is needed; elsewhere it is zero and costs nothing. take: `dual_jvp`, `func_jvp`, or one of
+    them compiled.
+    """
+    (z, r, t), (dz, dr, dt) = primals, tangents
+    r, t = r.to(z, non_blocking=True), t.to(z, non_blocking=True)
+    order, n = rows_first(rows)
+    if order is not None:
+        z, r, t, dz = (_select(y, order) for y in (z, r, t, dz))
+        cond = {key: _select(y, order) for key, y in cond.items()}
+    value, tangent = (take or dual_jvp)(u, z, r, t, (dz[:n], dr, dt), cond)
+    dudt = torch.zeros_like(value.detach(), dtype=tangent.dtype)
+    dudt[:n] = tangent
+    if order is None:
+        return value, dudt
+    back = torch.argsort(order)
+    return _select(value, back), _select(dudt, back)
+
+
+def take_jvp(method: str) -> Callable:
+    """`value_and_jvp` by a method: "dual" (`meanflow.dual`: explicit rules, one pass, no second graph) or "func"
+    (`torch.func.jvp`: any differentiable network, more memory). Raises ValueError for another name."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return functools.partial(value_and_jvp, take=dual_jvp if method == "dual" else func_jvp)
+
+
+def rows_first(rows: Tensor) -> tuple[Tensor | None, int]:
+    """A stable order (B,) that puts the rows where `rows` is true first, None if they are already; their number."""
+    n = int(rows.sum())
+    if rows[:n].all():
+        return None, n
+    return torch.argsort((~rows).to(torch.uint8), stable=True), n
+
+
+def _select(x: Tensor | None, order: Tensor) -> Tensor | None:
+    return x[order.to(x.device)] if isinstance(x, Tensor) else x
+
+
+# --- the two methods: (u, z, r, t, (dz (n, …), dr, dt), cond) → value (B, …), tangent (n, …) ----------------------
+
+
+def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+    dz, dr, dt = tangents
+    if len(dz) == 0:
+        return u(z, r, t, **cond), dz
+
+    def along(x: Tensor, speed: float) -> Tensor | Dual:
+        return Dual(x, torch.full_like(x[: len(dz)], speed)) if speed else x
+
+    out = u(Dual(z, dz), along(r, dr), along(t, dt), **cond)
+    return out.value, out.tangent
+
+
+def func_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+    """`torch.func.jvp` on the rows that need it, a plain pass on the rest."""
+    dz, dr, dt = tangents
+    n = len(dz)
+    if n == 0:
+        return u(z, r, t, **cond), dz
+
+    def split(part: slice) -> dict:
+        return {key: x[part] if isinstance(x, Tensor) else x for key, x in cond.items()}
+
+    first, rest = slice(None, n), slice(n, None)
+    where = (z[first], r[first].clone(), t[first].clone())  # views fail under torch.compile (2.14)
+    speeds = (dz, torch.full_like(where[1], dr), torch.full_like(where[2], dt))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
+        value, tangent = torch.func.jvp(lambda *zrt: u(*zrt, **split(first)), where, speeds)
+    if n < len(z):
+        value = torch.cat([value, u(z[rest], r[rest], t[rest], **split(rest))])
+    return value, tangent.detach()
+
+
+# --- compiled --------------------------------------------------------------------------------------------------
+
+
+def compiled_jvp(network: nn.Module, method: str, mode: str) -> Callable:
+    """`value_and_jvp` of `network` alone, compiled at its first call; one more graph for each shape of batch.
+
+    Value and derivative are one graph: PyTorch runs a compiled *network* eagerly, without a warning, inside its jvp.
+    """
+    if method == "dual":
+        return functools.partial(value_and_jvp, take=CompiledDual(network, mode))
+    return functools.partial(value_and_jvp, take=torch.compile(func_jvp, dynamic=False, fullgraph=True, mode=mode))
+
+
+class CompiledDual:
+    """torch.compile cannot read dual numbers, but torch.export need not: it runs the network on them once and keeps
+    the plain operations that they turn into. That graph is then compiled.
+
+    Where the number of rows with a derivative varies from step to step it is rounded up, so that few graphs serve all.
+    """
+
+    def __init__(self, network: nn.Module, mode: str):
+        self.network, self.mode = network, mode
+        self.graphs: dict[tuple, Callable] = {}
+
+    def __call__(self, u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+        dz, dr, dt = tangents
+        n, part = len(dz), -(-len(z) // PARTS)
+        padded = min(-(-n // part) * part, len(z))
+        dz = F.pad(dz.flatten(1), (0, 0, 0, padded - n)).view(padded, *z.shape[1:])
+        key = (tuple(z.shape), padded, dr, dt, *sorted(cond))
+        if key not in self.graphs:
+            self.graphs[key] = _compile(_ValueAndTangent(self.network, u, dr, dt), (z, r, t, dz, cond), self.mode)
+        value, tangent = self.graphs[key](z, r, t, dz, cond)
+        return value, tangent[:n]
+
+
+class _ValueAndTangent(nn.Module):
+    """What is exported: the network, whose parameters the graph shares, called by way of `u`."""
+
+    def __init__(self, network: nn.Module, u: Network, dr: float, dt: float):
+        super().__init__()
+        self.network, self.u, self.speeds = network, u, (dr, dt)
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, dz: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return dual_jvp(self.u, z, r, t, (dz, *self.speeds), cond)
+
+
+def _compile(module: nn.Module, inputs: tuple, mode: str) -> Callable:
+    exported = torch.export.export(module, inputs, strict=False).module(check_guards=False)
+    return torch.compile(exported, dynamic=False, fullgraph=True, mode=mode)
+
+
+# --- activation checkpointing ------------------------------------------------------------------------------------
+
+
+def checkpointed(block: nn.Module, *inputs: Tensor | Dual) -> Tensor | Dual:
+    """`block(*inputs)`, of which only the inputs are kept; the backward pass computes the rest again.
+
+    Tangents are computed once: the second time each has no rows. Dropout masks are the same both times.
+    """
+    tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
+    calls = 0
+
+    def run(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        rows = slice(None if calls == 1 else 0)
+        duals = [v if d is None else Dual(v, d[rows]) for v, d in zip(values, tangents, strict=True)]
+        out = block(*duals)
+        return (out.value, out.tangent) if isinstance(out, Dual) else out
+
+    out = checkpoint(run, *map(value_of, inputs), use_reentrant=False)
+    return Dual(*out) if isinstance(out, tuple) else out

@@ -1,0 +1,34 @@
+"""What a user sees while something works: log lines and progress bars."""
+
+import logging
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+BAR_EVERY_S = 30.0
+
+log = logging.getLogger("meanflow")
+
+
+class _Console(logging.Handler):
+    """INFO to stdout, as it is; warnings to stderr, with their level. Asks for the streams at each line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        text = f"{record.levelname.lower()}: {record.getMessage()}" if warning else record.getMessage()
+        print(text, file=sys.stderr if warning else sys.stdout, flush=True)
+
+
+def log_to_console(rank: int = 0) -> None:
+    """Show the lines of this package; of several processes, those of rank 0 alone."""
+    if not any(isinstance(handler, _Console) for handler in log.handlers):
+        log.addHandler(_Console())
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
+    """A tqdm bar on stderr; where that is no terminal, a line every half minute instead of ten a second."""
+    if not sys.stderr.isatty():
+        options |= {"mininterval": BAR_EVERY_S, "maxinterval": BAR_EVERY_S}
+    return tqdm(iterable, dynamic_ncols=True, **options)

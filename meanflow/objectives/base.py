@@ -1,0 +1,120 @@
+"""What every objective provides, and the few formulas that several of them share."""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from meanflow.jvp import Network, value_and_jvp
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`per_sample` (B,) is what training averages. `logged`: further values for metrics.jsonl and the curves.
+
+    A logged value is a tensor (B,), averaged over the samples, or a pair (values (B,), rows (B,) bool on the CPU),
+    averaged over these rows alone and null in a step that has none. Values that are NaN or infinite may be logged;
+    only the loss and the gradient must be finite.
+    """
+
+    per_sample: Tensor
+    logged: dict[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.per_sample.mean()
+
+
+class Objective(ABC):
+    """A training objective: a frozen dataclass of its settings, with a `kind` and the methods below.
+
+    `needs_jvp`: whether `loss` calls `jvp`. `teacher_decay`: the EMA decay of the averaged network that `loss` is
+    given as `teacher`, or None; it must be among the recipe's ema.decays. `titles` explains logged values in curves.
+    """
+
+    needs_jvp: ClassVar[bool] = False
+    titles: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def kinds(cls) -> dict[str, type["Objective"]]:
+        """{kind: class} of every file in this folder. A new file adds its kind; there is no list to extend."""
+        folder = __name__.rpartition(".")[0]
+        for module in pkgutil.iter_modules(importlib.import_module(folder).__path__):
+            importlib.import_module(f"{folder}.{module.name}")
+        found, classes = {}, Objective.__subclasses__()
+        while classes:
+            subclass = classes.pop()
+            classes += subclass.__subclasses__()
+            if isinstance(vars(subclass).get("kind"), str):
+                found[subclass.kind] = subclass
+        return dict(sorted(found.items()))
+
+    @property
+    def teacher_decay(self) -> float | None:
+        return None
+
+    @property
+    def varying_rows(self) -> bool:
+        """Whether the number of rows with r ≠ t differs from batch to batch."""
+        return False
+
+    @abstractmethod
+    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """n pairs (r, t), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1."""
+
+    @abstractmethod
+    def loss(
+        self,
+        u: Network,
+        x: Tensor,
+        eps: Tensor,
+        r: Tensor,
+        t: Tensor,
+        *,
+        v: Tensor | None = None,
+        jvp: Callable = value_and_jvp,
+        progress: float = 0.0,
+        teacher: Network | None = None,
+        **cond: Tensor | None,
+    ) -> Loss:
+        """The loss of each sample.
+
+        u(z, r, t, **cond): the network in training mode. x, eps (B, …): data in [−1, 1] and Gaussian noise.
+        r ≤ t (B,) in [0, 1], best on the CPU: which rows have r ≠ t is then known without waiting for the device.
+        v (B, …): the velocity field to learn from, by default the conditional ε − x; guidance passes its own (Eq. 21).
+        jvp: how derivatives are taken (`meanflow.jvp`). progress: share of training that is done, in [0, 1).
+        teacher: u by averaged weights, where `teacher_decay` asks for one. cond: what else the network takes, (B, …).
+        """
+
+
+def per_row(time: Tensor, x: Tensor) -> Tensor:
+    """(B,) → (B, 1, …), to multiply x (B, …)."""
+    return time.view(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 − t) x + t ε (Section 3): x, eps (B, …), t (B,) → (B, …)."""
+    t = per_row(t.to(x, non_blocking=True), x)
+    return (1 - t) * x + t * eps
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """‖x‖² of each sample, summed over all but the batch: (B, …) → (B,)."""
+    return x.square().flatten(1).sum(1)
+
+
+def adaptive_weight(error: Tensor, p: float, c: float) -> Tensor:
+    """1 / (error + c)^p, a constant factor (Eq. 22): (B,) → (B,)."""
+    with torch.no_grad():
+        return 1 / (error + c) ** p
+
+
+def by_rows(error: Tensor, r: Tensor, t: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """An error (B,) as it is logged: over all rows, and apart where r = t and where r < t."""
+    error = error.detach()
+    return {"error": error, "error_r_eq_t": (error, r == t), "error_r_lt_t": (error, r != t)}

@@ -1,0 +1,113 @@
+"""MeanFlow (Geng et al. 2025, arXiv 2505.13447; Section 4.1, Algorithm 1, Eqs. 9–11 and 22).
+
+The average velocity u(z_t, r, t) over [r, t] satisfies u = v − (t − r) du/dt (Eq. 6). The network is regressed on the
+right-hand side, where du/dt = v ∂_z u + ∂_t u is a Jacobian-vector product of the network itself, without gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from meanflow.jvp import Network, take_jvp, value_and_jvp
+from meanflow.objectives.base import Loss, Objective, adaptive_weight, by_rows, interpolate, per_row, squared_norm
+from meanflow.times import Times
+
+# Table 1b: the tangent of (z, r, t). Only the first is the total derivative d/dt of Eq. (8).
+TANGENTS = {"(v, 0, 1)": (0.0, 1.0), "(v, 0, 0)": (0.0, 0.0), "(v, 1, 0)": (1.0, 0.0), "(v, 1, 1)": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class MeanFlow(Objective):
+    """Settings of the objective, by default those of Table 1. Raises ValueError, naming the field."""
+
+    kind: Literal["meanflow"] = "meanflow"
+    times: Times = Times()  # how (r, t) are drawn
+    p: float = 1.0  # power of the adaptive weight, Eq. (22), ≥ 0: 0 is squared L2, 0.5 near Pseudo-Huber
+    c: float = 1e-2  # its constant, > 0: 1e-3 for CIFAR-10, 1e-2 for ImageNet (official releases)
+    tangent: str = "(v, 0, 1)"  # (dz, dr, dt) of the derivative, Table 1b
+
+    needs_jvp = True
+    titles = {  # noqa: RUF012 - a constant of the class, not a field
+        "error": "squared error ‖u − u_tgt‖², all samples (unweighted)",
+        "error_r_eq_t": "squared error at r = t: ‖u − v‖², Flow Matching",
+        "error_r_lt_t": "squared error at r < t: ‖u − u_tgt‖²",
+    }
+
+    def __post_init__(self):
+        if self.p < 0:
+            raise ValueError(f"p must be ≥ 0, got {self.p}")
+        if self.c <= 0:
+            raise ValueError(f"c must be > 0, got {self.c}")
+        if self.tangent not in TANGENTS:
+            raise ValueError(f"tangent must be one of {', '.join(TANGENTS)}, got {self.tangent!r}")
+
+    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        return self.times.sample(n, generator)
+
+    @property
+    def varying_rows(self) -> bool:
+        return self.times.varying_rows
+
+    def loss(
+        self,
+        u: Network,
+        x: Tensor,
+        eps: Tensor,
+        r: Tensor,
+        t: Tensor,
+        *,
+        v: Tensor | None = None,
+        jvp: Callable = value_and_jvp,
+        progress: float = 0.0,
+        teacher: Network | None = None,
+        **cond: Tensor | None,
+    ) -> Loss:
+        """Algorithm 1; see `Objective.loss`. Where r = t it is Flow Matching, which needs no derivative."""
+        z = interpolate(x, eps, t)
+        v = eps - x if v is None else v
+        dr, dt = TANGENTS[self.tangent]
+        u_out, dudt = jvp(u, (z, r, t), (v, dr, dt), rows=r != t, **cond)  # both (B, …); dudt has no graph
+
+        u_tgt = v - per_row(t.to(x) - r.to(x), x) * dudt  # Eqs. (10), (11)
+        error = squared_norm(u_out - u_tgt)  # Eq. (9), (B,)
+        return Loss(adaptive_weight(error, self.p, self.c) * error, by_rows(error, r, t))
+
+
+def meanflow_loss(
+    u: Network,
+    x: Tensor,
+    objective: Objective = MeanFlow(),  # noqa: B008 - frozen
+    *,
+    generator: Generator | None = None,
+    method: str = "dual",
+    **cond: Tensor | None,
+) -> Tensor:
+    """The mean loss of a batch, a scalar: Algorithm 1 with times and noise drawn here.
+
+    u(z, r, t, **cond) → (B, …) with z (B, …), r and t (B,); x (B, …): data, about [−1, 1]. generator: of the times and
+    noise, on the CPU. method: "dual" or "func", see `meanflow.jvp`; cond: labels and the like, (B, …).
+    Raises NoTangentRule where "dual" does not know an operation of the network.
+    """
+    r, t = objective.sample_times(len(x), generator)
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return objective.loss(u, x, eps, r, t, jvp=take_jvp(method), **cond).mean
+
+
+def plain_loss(
+    u: Network, x: Tensor, eps: Tensor, r: Tensor, t: Tensor, p: float, c: float, tangent=(0.0, 1.0), **cond
+) -> Tensor:
+    """Algorithm 1 as the paper prints it, one `torch.func.jvp` of the whole batch: the specification. Returns (B,).
+
+    Slower and larger than `MeanFlow.loss`, which must equal it; tests and benchmarks compare the two.
+    """
+    time = t.view(-1, *[1] * (x.ndim - 1))
+    z = (1 - time) * x + time * eps
+    v = eps - x
+    dr, dt = (torch.full_like(t, speed) for speed in tangent)
+    u_out, dudt = torch.func.jvp(lambda z, r, t: u(z, r, t, **cond), (z, r, t), (v, dr, dt))
+    u_tgt = (v - (t - r).view_as(time) * dudt).detach()
+    error = ((u_out - u_tgt) ** 2).flatten(1).sum(1)
+    return error / (error.detach() + c) ** p
