@@ -54,7 +54,9 @@ TREE: dict[str, Any] = {
         "path": None,
         "split": "train",
         "augment_p": 0.0,
+        "anisotropy": "appendix",
         "flip": False,
+        "flip_unlabelled": False,
     },
     "times": {
         "sampler": "v0",

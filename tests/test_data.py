@@ -24,8 +24,7 @@ SIZE = 8
 
 
 def config(**changes) -> DataConfig:
-    start = DataConfig(kind="images", source="digits", root="data", path=None, split="train", augment_p=0.0, flip=False)
-    return dataclasses.replace(start, **changes)
+    return dataclasses.replace(DataConfig(source="digits"), **changes)
 
 
 def pixels(key: int, mode: str = "RGB", size: int = SIZE) -> np.ndarray:
@@ -93,16 +92,18 @@ def assert_images(dataset, keys, mode="RGB"):
 
 @pytest.mark.parametrize("field, value", [
     ("source", "imagenet"), ("root", ""), ("path", ""), ("split", "val"),
-    ("augment_p", -0.1), ("augment_p", 1.2), ("augment_p", float("nan")), ("flip", 1),
+    ("augment_p", -0.1), ("augment_p", 1.2), ("augment_p", float("nan")), ("flip", 1), ("flip_unlabelled", 1),
+    ("anisotropy", "edm"),
 ])  # fmt: skip
 def test_config_names_the_bad_field(field, value):
     with pytest.raises(ValueError, match=f"^{field} "):
         config(**{field: value})
 
 
-def test_config_has_no_defaults_and_knows_the_label_width():
-    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(DataConfig))
-    assert config().augment_labels == 0
+def test_config_defaults_and_label_width():
+    # What a run folder that lacks the newer settings continues with.
+    assert (DataConfig().anisotropy, DataConfig().flip_unlabelled) == ("appendix", False)
+    assert config().augment_labels == config(flip_unlabelled=True).augment_labels == 0
     assert config(flip=True).augment_labels == config(augment_p=0.1).augment_labels == 6
 
 

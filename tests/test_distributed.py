@@ -37,7 +37,9 @@ LABELLED = {
     "model__multipliers": [1, 2],
     "model__attention": [4],
     "data__augment_p": 0.5,
+    "data__anisotropy": "official",
     "data__flip": True,
+    "data__flip_unlabelled": True,
     "optim__clip": 0.5,
 }
 SCENES = {

@@ -237,7 +237,7 @@ def test_a_run_that_stops_leaves_the_step_to_replay(failed, capsys, images):
     assert f"python -m eval.replay {file} makes the step again" in message
     noted = json.loads(file.read_text())["failure"]
     assert noted["step"] == 5 and noted["processes"] == 1 and len(noted["images"]) == 8
-    assert set(noted["seeds"]) == {"times", "noise", "augment"} and file.stat().st_size < 10_000
+    assert set(noted["seeds"]) == {"times", "noise", "augment", "flip"} and file.stat().st_size < 10_000
     code, out = replayed(capsys, file)
     assert code == 0 and "step 5 of" in out and "which failed with loss nan" in out
     assert "loss nan, gradient norm nan" in out and "not finite here either" in out

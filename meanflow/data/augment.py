@@ -10,6 +10,12 @@ vertical flips and rotations (Geng et al. 2025, appendix A). In the order of app
 
     labels = [flip, a, b cos θ, b sin θ, x, y]; a transform that was not drawn gives zeros
 
+That is the anisotropy "appendix". "official" is that of the official CIFAR-10 release, which differs from the text in
+two ways: θ is drawn with probability ½ and is 0 otherwise, and the stretch lies along −θ (x right, y down) although the
+labels are (b cos θ, b sin θ). Scaling, shifts and flips need no such choice: on equal draws they agree with the
+release's, with a mean difference of 0.002 between images in [−1, 1], because the filter is centred here (see DELAY).
+The release's loader also flips every image on a coin that no label tells; `ImageFeed` does so before `apply`.
+
 The last three are one affine map, applied as a single warp: reflect the image at its borders, double its
 resolution with the sym6 wavelet's low-pass filter, look up bilinearly, halve with the same filter's adjoint.
 The filter is orthonormal, so the identity and whole-pixel shifts come out exact.
@@ -27,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 AUGMENT_LABELS = 6
+ANISOTROPIES = ("appendix", "official")
 
 # sym6 (Daubechies, "Ten Lectures on Wavelets", 1992, ch. 8): 12 taps, sum √2, six vanishing moments.
 SYM6 = (
@@ -55,27 +62,38 @@ class AugmentDraw:
         return AugmentDraw(self.labels[indices], self.inverse[indices], self.warped[indices])
 
 
-def draw(n: int, p: float, flip: bool, generator: torch.Generator) -> AugmentDraw:
+def draw(n: int, p: float, flip: bool, anisotropy: str, generator: torch.Generator) -> AugmentDraw:
     """Draw the augmentation of n images.
 
     Args:
         n: images; draw for the whole global batch and `select`, so that the split over processes is free.
         p: probability of each of scale, anisotropy and translation, independently (EDM: 0.12 for CIFAR-10).
         flip: whether to flip images, each with probability ½.
-        generator: on the CPU. How far it advances depends on n alone.
+        anisotropy: one of ANISOTROPIES, see the module's docstring. Both begin with the same draws.
+        generator: on the CPU. How far it advances depends on n and `anisotropy` alone.
     """
     coin = torch.rand(n, generator=generator) < 0.5
     drawn = torch.rand(n, 3, generator=generator) < p  # scale, anisotropy, translation
     theta = (torch.rand(n, generator=generator) * 2 - 1) * math.pi
     normal = torch.randn(n, 4, generator=generator)
 
+    rotated = drawn[:, 1]
+    if anisotropy == "official":
+        rotated = rotated & (torch.rand(n, generator=generator) < 0.5)
     normal = torch.where(drawn[:, [0, 1, 2, 2]], normal, 0.0)  # (n, 4): a, b, x, y
-    theta = torch.where(drawn[:, 1], theta, 0.0)  # so that the undrawn map is the identity to the bit
+    theta = torch.where(rotated, theta, 0.0)  # so that the undrawn map is the identity to the bit
+    return _from_parameters((coin & flip).float(), normal, theta, drawn.any(1), anisotropy)
+
+
+def _from_parameters(
+    flips: torch.Tensor, normal: torch.Tensor, theta: torch.Tensor, warped: torch.Tensor, anisotropy: str
+) -> AugmentDraw:
+    """The draw with these parameters: flips (n,) of 0 and 1, normal (n, 4) of a, b, x, y, theta (n,), warped (n,)."""
     a, b = normal[:, 0], normal[:, 1]
-    anisotropy = b[:, None] * torch.stack([theta.cos(), theta.sin()], 1)  # (n, 2)
-    flips = (coin & flip).float()
-    labels = torch.cat([flips[:, None], a[:, None], anisotropy, normal[:, 2:]], 1)  # (n, 6)
-    return AugmentDraw(labels, _inverse_linear(a.double(), b.double(), theta.double()), drawn.any(1))
+    stretch = b[:, None] * torch.stack([theta.cos(), theta.sin()], 1)  # (n, 2)
+    labels = torch.cat([flips[:, None], a[:, None], stretch, normal[:, 2:]], 1)  # (n, 6)
+    axis = -theta if anisotropy == "official" else theta
+    return AugmentDraw(labels, _inverse_linear(a.double(), b.double(), axis.double()), warped)
 
 
 def _inverse_linear(a: torch.Tensor, b: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from meanflow.data.augment import AUGMENT_LABELS
+from meanflow.data.augment import ANISOTROPIES, AUGMENT_LABELS
 
 SOURCES = ("cifar10", "digits")
 SPLITS = ("train", "test")
@@ -17,13 +17,15 @@ class DataConfig:
         ValueError: a field is out of range; the message begins with the field's name.
     """
 
-    kind: Literal["images"]
-    source: str  # "cifar10" (torchvision's archive) or "digits" (scikit-learn's 8×8 handwritten digits)
-    root: str  # folder where downloads live
-    path: str | None  # the user's own images, which replace `source`: a folder, zip or tar of class folders
-    split: str  # "train" or "test"
-    augment_p: float  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
-    flip: bool  # mirror every image on a fair coin
+    kind: Literal["images"] = "images"
+    source: str = "cifar10"  # torchvision's archive, or "digits" (scikit-learn's 8×8 handwritten digits)
+    root: str = "data"  # folder where downloads live
+    path: str | None = None  # the user's own images, which replace `source`: a folder, zip or tar of class folders
+    split: str = "train"  # or "test"
+    augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
+    anisotropy: str = "appendix"  # as EDM's appendix F.2 has it, or "official": as the official release (augment.py)
+    flip: bool = False  # mirror every image on a fair coin, one of the labels that the network is given
+    flip_unlabelled: bool = False  # mirror every image on another fair coin first, which the network is not told
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -36,8 +38,11 @@ class DataConfig:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {self.split!r}")
         if not 0 <= self.augment_p <= 1:
             raise ValueError(f"augment_p must lie in 0 … 1, not {self.augment_p}")
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be true or false, not {self.flip!r}")
+        if self.anisotropy not in ANISOTROPIES:
+            raise ValueError(f"anisotropy must be one of {', '.join(ANISOTROPIES)}, not {self.anisotropy!r}")
+        for name in ("flip", "flip_unlabelled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def augment_labels(self) -> int:

@@ -118,11 +118,14 @@ class ImageFeed:
 
     def step(self, step: int, indices: Tensor, mine: slice) -> Take:
         """x of step `step`, whose global batch are the images `indices` (B,); this process needs the rows `mine`."""
-        data = self.config.data
-        draw = augment.draw(len(indices), data.augment_p, data.flip, generator(self.config.seed, "augment", step))
+        data, seed, batch = self.config.data, self.config.seed, len(indices)
+        draw = augment.draw(batch, data.augment_p, data.flip, data.anisotropy, generator(seed, "augment", step))
+        mirror = torch.rand(batch, generator=generator(seed, "flip", step)) < 0.5
 
         def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             x = self.images[indices[rows].to(self.device, non_blocking=True)].float().div_(127.5).sub_(1)  # [−1, 1]
+            if data.flip_unlabelled:
+                x = torch.where(mirror[rows].to(self.device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
             if not self.config.augment_labels:
                 return x, {}
             x, labels = augment.apply(x, draw.select(rows))

@@ -92,7 +92,8 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
     order = interval_first(t, r)[0]
     cond = {}
     if config.augment_labels:
-        draw = augment.draw(size, config.data.augment_p, config.data.flip, random)
+        data = config.data
+        draw = augment.draw(size, data.augment_p, data.flip, data.anisotropy, random)
         cond["augment_labels"] = draw.labels.to(device)
     if model.classes:
         cond["class_labels"] = torch.randint(model.classes, (size,), generator=random).to(device)
