@@ -81,7 +81,11 @@ def recipe_file(name: str) -> Path:
 def listing() -> str:
     """Recipes, tables, figures and commands, a line each."""
     lines = []
-    titles = {"recipes": RECIPES, "tables, also [--scale cpu|gpu] [--rows 1,2] [--seeds 0,1]": TABLES, "figures": FIGURES}
+    titles = {
+        "recipes": RECIPES,
+        "tables, also [--scale cpu|gpu] [--rows 1,2] [--seeds 0,1]": TABLES,
+        "figures": FIGURES,
+    }
     for title, folder in titles.items():
         lines.append(title)
         for path in sorted(folder.glob("*.yaml")):
@@ -94,7 +98,9 @@ def listing() -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a recipe's name, a YAML file, or resume")
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="with resume: the run folder")
     parser.add_argument(
@@ -131,7 +137,7 @@ def launched(name: str) -> int:
         import torch
 
         wanted = str(torch.cuda.device_count())
-    if not wanted.isdecimal() or wanted == "0" and os.environ["NPROC"] != "all":
+    if not wanted.isdecimal() or (wanted == "0" and os.environ["NPROC"] != "all"):
         raise UserError(f"NPROC={wanted}: the number of processes must be 1 or more")
     return int(wanted) if int(wanted) > 1 else 0
 

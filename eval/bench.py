@@ -20,7 +20,7 @@ from eval.benchmark.rows import ROWS, Plan, Report, Row, measure
 from eval.benchmark.steps import SEPARATE
 from eval.tables.files import aligned
 from meanflow.errors import UserError, run_main, write_errors_named
-from meanflow.jvp import JVPS
+from meanflow.jvp import METHODS
 from meanflow.training.config import COMPILE_MODES, PRECISIONS, load_config
 from meanflow.training.run_folder import environment
 
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     here = ("tf32", "fp32", "bf16") if cuda else ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
     args.precisions = _names("--precisions", args.precisions, PRECISIONS) if args.precisions else here
-    args.jvp, args.rows = _names("--jvp", args.jvp, (*JVPS, SEPARATE)), _names("--rows", args.rows, ROWS)
+    args.jvp, args.rows = _names("--jvp", args.jvp, (*METHODS, SEPARATE)), _names("--rows", args.rows, ROWS)
     args.device = torch.device("cuda" if cuda else "cpu")
     modes = args.compile or ("default" if cuda else NONE)
     args.compile = () if modes == NONE else _names("--compile", modes, COMPILE_MODES)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     for recipe in args.recipes:
         batch = args.batch or BATCH[args.device.type][load_config(recipe, args.set).data.kind]
         how = (batch, args.repeats, args.precisions, args.jvp, args.compile, args.rows, args.device)
-        reports.append(measure(Plan(recipe, tuple(args.set), *how), _to_stderr))
+        reports.append(measure(Plan(recipe, tuple(args.set), *how)))
     where = {**environment(), "threads": torch.get_num_threads(), "platform": platform.platform()}
     print("\n\n".join([_machine(where), *(table(report) for report in reports)]))
     if args.out:
@@ -78,10 +78,6 @@ def main(argv: list[str] | None = None) -> int:
         with write_errors_named(args.out):
             args.out.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _machine(where: dict[str, Any]) -> str:

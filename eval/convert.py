@@ -6,10 +6,10 @@ The folder then serves `eval.sample`, `eval.fid` and the rest; the optimiser's s
 import argparse
 from pathlib import Path
 
-from meanflow.training.official import read_official
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
 from meanflow.training.config import config_from_tree, config_to_yaml
+from meanflow.training.official import read_official
 from meanflow.training.run_folder import RunFolder
 
 

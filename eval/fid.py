@@ -22,10 +22,8 @@ import torch
 from eval.scoring.evaluate import evaluate
 from eval.scoring.extractors import INCEPTION, METRICS, Extractor, Options, create, prefetch
 from eval.scoring.files import default_cache
-from meanflow.training.model import open_checkpoint
 from eval.scoring.metrics import MetricOptions
 from eval.scoring.prepare import prepare, write_reference
-from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
 from eval.scoring.protocol import FULL_N, Request, Variant, table
 from eval.scoring.references import NAMED, Reference, check_reference, open_reference
 from eval.scoring.score import training_images
@@ -35,7 +33,14 @@ from eval.scoring.subjects import Sampling, variants_of
 from meanflow.errors import UserError, run_main
 from meanflow.training.checkpoint import file_sha256
 from meanflow.training.config import config_from_tree
-from meanflow.training.processes import DistributedContext, leaving_distributed, start_distributed
+from meanflow.training.model import open_checkpoint
+from meanflow.training.processes import (
+    DistributedContext,
+    assert_same_on_all_ranks,
+    leaving_distributed,
+    run_on_rank0,
+    start_distributed,
+)
 from meanflow.training.run_folder import RunFolder
 
 EXIT_CODES = """exit codes:

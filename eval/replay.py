@@ -1,4 +1,4 @@
-"""`python -m eval.replay FILE`: the step at which a run stopped for its numbers, once more.
+"""Compute once more the step at which a run stopped for its numbers: `bash run.sh replay FILE`.
 
 Such a run leaves FILE, RUN/failures/STEP.json, with the seeds and images of that step's batch, and STEP.pt beside it
 with the weights before it. Any checkpoint's JSON will do as well: then it is the step after it. The batch is made
@@ -6,26 +6,26 @@ for every process of the run and the step computed by one, without an update.
 """
 
 import argparse
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import torch
 
 from meanflow.errors import ConfigError, run_main
+from meanflow.logs import log
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import Checkpoint, load_checkpoint
 from meanflow.training.config import config_from_tree
-from meanflow.training.processes import GradientSum, DistributedContext, start_distributed
-from meanflow.training.loop import describe, open_data
 from meanflow.training.metrics import StepSums
+from meanflow.training.processes import DistributedContext, GradientSum, start_distributed
+from meanflow.training.setup import describe, open_data
 from meanflow.training.state import copy_strictly, fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss
 
 SHOWN = 10  # lines of each list
 
 
-def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callable[[str], None] = print) -> bool:
+def replay(checkpoint: Checkpoint, where: str, device: torch.device) -> bool:
     """Compute the step after `checkpoint` and say what it gives and where it is not finite; whether all of it is.
 
     Raises AssetError or ConfigError if the weights or the images are not those of the run.
@@ -34,56 +34,57 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device, say: Callab
     failure, done = checkpoint.meta.get("failure", {}), checkpoint.meta["step"]
     configure_numerics(config.train)
     alone, rows = DistributedContext(0, 1, device), []
-    dataset = open_data(config, alone, say)
+    dataset = open_data(config, alone)
     if describe(dataset)["sha256"] != checkpoint.meta["data"]["sha256"]:
         raise ConfigError(f"{where}: the data are other images now than those of the run")
-    network = fresh_state(config, device).network
+    state = fresh_state(config, device)
+    network = state.network
     copy_strictly(dict(network.named_parameters()), checkpoint.model, f"{where}: weights")
     network.train()
-    say(f"step {done + 1:,} of {where}" + (f", which failed with {failure['what']}" if failure else ""))
+    log.info(f"step {done + 1:,} of {where}" + (f", which failed with {failure['what']}" if failure else ""))
 
     world = failure.get("processes", 1)
     streams = [BatchStream(dataset, config, DistributedContext(rank, world, device)) for rank in range(world)]
-    compute, sums = make_loss(network, config, device), StepSums(device, False)
+    compute, sums = make_loss(network, config, device, state.ema), StepSums()
     gradients = GradientSum(network, alone, kept=config.train.compile is not None)
 
     def loss(batch):
         out = compute(batch)
-        rows.extend(zip(batch.t.tolist(), batch.r.tolist(), out.weighted.tolist(), strict=True))
+        rows.extend(zip(batch.r.tolist(), batch.t.tolist(), out.per_sample.tolist(), strict=True))
         return out
 
     batches = chain.from_iterable(stream.micro_batches(done) for stream in streams)
     accumulate(loss, batches, world * streams[0].micro_steps, config.train.batch, gradients, sums)
     norm = torch.nn.utils.get_total_norm([p.grad for p in gradients.parameters if p.grad is not None])
-    say(f"loss {sums.total[0].item() / config.train.batch}, gradient norm {norm.item()}")
-    return _name_bad(network, rows, say) and bool(norm.isfinite())
+    log.info(f"loss {sums.sums['loss'].item() / config.train.batch}, gradient norm {norm.item()}")
+    return _name_bad(network, rows) and bool(norm.isfinite())
 
 
-def _name_bad(network: torch.nn.Module, rows: list[tuple[float, float, float]], say: Callable[[str], None]) -> bool:
+def _name_bad(network: torch.nn.Module, rows: list[tuple[float, float, float]]) -> bool:
     """Say which weights, samples and gradients are not finite; True if none is."""
     named = list(network.named_parameters())
     bad = {
         "weights": [name for name, p in named if not p.isfinite().all()],
-        "samples": [f"t {t:.6g}, r {r:.6g}: loss {x}" for t, r, x in rows if not torch.tensor(x).isfinite()],
+        "samples": [f"r {r:.6g}, t {t:.6g}: loss {x}" for r, t, x in rows if not torch.tensor(x).isfinite()],
         "gradients": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
     }
     for what, items in bad.items():
         if items:
-            say(f"{what} that are not finite ({len(items)} of {len(rows) if what == 'samples' else len(named)}):")
+            log.info(f"{what} that are not finite ({len(items)} of {len(rows) if what == 'samples' else len(named)}):")
             for item in items[:SHOWN]:
-                say(f"  {item}")
+                log.info(f"  {item}")
     return not any(bad.values())
 
 
-def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.replay", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="RUN/failures/STEP.json, or a checkpoint's JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
     args = parser.parse_args(argv)
     path = args.file.with_suffix(".pt")
     device = start_distributed(args.device).device
-    finite = replay(load_checkpoint(path), str(path), device, say)
-    say("all of it is finite" if finite else "it is not finite here either")
+    finite = replay(load_checkpoint(path), str(path), device)
+    log.info("all of it is finite" if finite else "it is not finite here either")
     return 0
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from eval.scoring.files import write_atomically
 from eval.reports import sections
 from eval.reports.figures import curves, has_checkpoint, read_picture, sample_grids
 from eval.reports.html import Html, figure, folded, image, join, page, section, table, tag
 from eval.reports.read import TABLE, RunRecord, TableRecord, one_seed_each, read_runs, read_table
+from eval.scoring.files import write_atomically
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.logs import progress_bar
 from meanflow.training.run_folder import RunFolder

@@ -3,14 +3,12 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from meanflow.training.model import Model, generate, load, to_uint8
 from eval.sampling.grid import captions, class_labels, columns_of, write
-from meanflow.errors import AssetError, UserError, run_main
+from meanflow.errors import UserError, run_main
 from meanflow.logs import progress_bar
+from meanflow.training.model import Model, generate, load, to_uint8
 from meanflow.training.run_folder import RunFolder
 
 

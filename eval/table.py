@@ -1,28 +1,35 @@
-"""`python -m eval.table recipes/tables/NAME.yaml …`: a table of the paper, its rows run and set beside the paper's.
+"""A table of the paper: its finished rows scored and set beside the paper's. `bash run.sh table1a` trains them first.
 
 Rows are run one after the other; what is done is skipped and what was stopped continues, and a row that several
-tables share is one run. `run.sh NAME` calls it.
+tables share is one run.
 """
 
 import argparse
 import os
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from meanflow.training.processes import run_on_rank0
 from eval.tables import overhead
 from eval.tables.config import SCALES, RowConfig, Run, Table, load_table
 from eval.tables.plan import TFLOPS, plan
 from eval.tables.results import Line, Result, measure
 from eval.tables.write import write_table
 from meanflow.errors import EXIT_NUMERICS, NumericsError, UserError, run_main
+from meanflow.logs import log
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path
-from meanflow.training.config import load_config
-from meanflow.training.processes import DistributedContext, leaving_distributed, lost_ranks_explained, start_distributed
+from meanflow.training.config import RunConfig, load_config
+from meanflow.training.processes import (
+    DistributedContext,
+    leaving_distributed,
+    lost_ranks_explained,
+    run_on_rank0,
+    start_distributed,
+)
 from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.signals import warned_by_usr1
 
+Job = Callable[[RunConfig, Path, DistributedContext], int]
 FILES = {"table": "table.md", "numbers": "table.csv", "figure": "figure.png", "samples": "samples.png"}
 
 
@@ -47,30 +54,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, job: Job | None = None) -> int:
+    """job(recipe, run folder, context) trains one row; `run.py` passes it, which is the only one to train."""
     args = parse(argv)
     tables = load(args)
     if args.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(plan(tables, args.tflops or TFLOPS))
         return 0
+    for table in tables:
+        for run in table.runs if isinstance(table, Table) else ():
+            split_batch(run.recipe, int(os.environ.get("WORLD_SIZE", 1)))
     codes = [0]
     with leaving_distributed():
         ctx = start_distributed(args.device)
         with warned_by_usr1(), lost_ranks_explained(ctx):
             for table in tables:
                 out = args.out or Path("runs") / f"tables-{table.scale}"
-                codes.append(run_table(table, out, ctx))
+                codes.append(run_table(table, out, ctx, job))
                 if codes[-1] not in (0, EXIT_NUMERICS):
                     return codes[-1]
     return max(codes)
-
-
-def check(argv: list[str], world: int) -> None:
-    """What can be known before processes start. Raises ConfigError or UserError."""
-    for table in load(parse(argv)):
-        for run in table.runs if isinstance(table, Table) else ():
-            split_batch(run.recipe, world)
 
 
 def load(args: argparse.Namespace) -> list[Table | overhead.Overhead]:
@@ -86,34 +90,35 @@ def load(args: argparse.Namespace) -> list[Table | overhead.Overhead]:
     return tables
 
 
-def run_table(table: Table | overhead.Overhead, out: Path, ctx: DistributedContext) -> int:
+def run_table(table: Table | overhead.Overhead, out: Path, ctx: DistributedContext, job: Job | None) -> int:
     """Run what is missing and write the table; the exit code, not 0 where a signal stopped it or a row diverged."""
-    say = print if ctx.is_main else (lambda line: None)
     if isinstance(table, overhead.Overhead):
         if ctx.is_main:
-            say(overhead.run(table, out / table.name, ctx.device))
-            say(f"\ntable     {out / table.name / 'table.md'}")
+            log.info(overhead.run(table, out / table.name, ctx.device))
+            log.info(f"\ntable     {out / table.name / 'table.md'}")
         ctx.barrier()
         return 0
     results: dict[RowConfig, list[Result]] = {}
     diverged: list[Run] = []
     for number, run in enumerate(table.runs, 1):
-        say(f"\n{table.name}: {run.row.name}, seed {run.seed} ({number} of {len(table.runs)})")
+        log.info(f"\n{table.name}: {run.row.name}, seed {run.seed} ({number} of {len(table.runs)})")
         folder = RunFolder(out / run.folder)
         try:
             if run_on_rank0(ctx, lambda run=run, folder=folder: is_done(run, folder)):
-                say(f"done: {folder.path}")
-            elif code := job(run.recipe, folder, ctx):
+                log.info(f"done: {folder.path}")
+            elif job is None:
+                raise UserError(f"{folder.path}: is not trained to its end; bash run.sh {table.name} does that")
+            elif code := job(run.recipe, folder.path, ctx):
                 return code
             results.setdefault(run.row, []).append(measure(table, run, folder, ctx))
         except NumericsError as error:  # a bad setting may be the very point of a row
-            say(f"no figures of {folder.path}: {error}")
+            log.info(f"no figures of {folder.path}: {error}")
             diverged.append(run)
     if ctx.is_main and results:
         lines = [Line(row, tuple(found)) for row, found in results.items()]
         where = out / table.name
-        say(f"\n{write_table(table, lines, diverged, where, processes.device.type == 'cuda')}")
-        say("\n" + "\n".join(f"{name:8}  {where / file}" for name, file in FILES.items()))
+        log.info(f"\n{write_table(table, lines, diverged, where, ctx.device.type == 'cuda')}")
+        log.info("\n" + "\n".join(f"{name:8}  {where / file}" for name, file in FILES.items()))
     return EXIT_NUMERICS if diverged else 0
 
 
@@ -129,5 +134,4 @@ def is_done(run: Run, folder: RunFolder) -> bool:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     raise SystemExit(run_main(main))

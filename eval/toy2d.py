@@ -17,13 +17,13 @@ from eval.toy.mixture import Mixture, instantaneous
 from eval.toy.plot import draw
 from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from meanflow.errors import NumericsError, run_main, write_errors_named
+from meanflow.jvp import Network
 from meanflow.objectives.meanflow import interpolate
 from meanflow.random import generator
-from meanflow.sampling import sample, time_grid
-from meanflow.jvp import Network
+from meanflow.sampling import sample
 from meanflow.training import settings
 from meanflow.training.config import config_to_yaml
-from meanflow.training.network import count_parameters
+from meanflow.training.state import count_parameters
 
 INTERVALS = ((0.0, 0.0), (0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, 1.0))  # of t − r
 FLOOR_SETS = 8  # of fresh data, whose distances to the data are averaged
@@ -74,8 +74,8 @@ def in_float64(network: PlaneNetwork) -> Network:
     """The float32 network as a function of float64 tensors, without a graph."""
 
     @torch.no_grad()
-    def u(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        return network(z.float(), t.float(), r.float()).double()
+    def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return network(z.float(), r.float(), t.float()).double()
 
     return u
 
@@ -93,8 +93,8 @@ def errors(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) -> li
         interval = low + (high - low) * interval
         r = (1 - interval) * place
         z = noised(mixture, r + interval, draws)
-        truth = mixture.average_velocity(z, r + interval, r)
-        wrong = u(z, r + interval, r) - truth, mixture.velocity(z, r + interval) - truth
+        truth = mixture.average_velocity(z, r, r + interval)
+        wrong = u(z, r, r + interval) - truth, mixture.velocity(z, r + interval) - truth
         squares = [x.square().sum().item() for x in (*wrong, truth)]
         lines.append({"interval": [low, high], **_relative(squares)})
         if low < high:
@@ -126,8 +126,8 @@ def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) ->
     return {
         "fresh data": sum(sliced_wasserstein(other, data) for other in fresh) / FLOOR_SETS,
         "exact flow": sliced_wasserstein(mixture.flow(noise, one, zero), data),
-        "u": {str(n): sliced_wasserstein(sample(u, noise, time_grid(n)), data) for n in config.steps},
-        "v": {str(n): sliced_wasserstein(sample(v, noise, time_grid(n)), data) for n in config.steps},
+        "u": {str(n): sliced_wasserstein(sample(u, noise, n), data) for n in config.steps},
+        "v": {str(n): sliced_wasserstein(sample(v, noise, n), data) for n in config.steps},
     }
 
 

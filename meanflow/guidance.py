@@ -1,6 +1,5 @@
 """Classifier-free guidance inside the target (Section 4.2 and appendix B.1; Eqs. 19–21): sampling stays one pass."""
 
-import math
 from dataclasses import dataclass
 
 import torch

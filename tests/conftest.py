@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from running import Started, start, tiny_config, write_images, write_recipe
+from running import Started, start, tiny_config, train_run, write_images, write_recipe
 
 from meanflow.training.processes import DistributedContext
-from meanflow.training.loop import train
 from meanflow.training.run_folder import RunFolder
 
 
@@ -53,8 +52,7 @@ def train_tiny(tmp_path, alone) -> Callable[..., RunFolder]:
     def train_tiny(name: str = "run", **changes: Any) -> RunFolder:
         run, config = RunFolder(tmp_path / name), tiny_config(**changes)
         with run.lock():
-            run.open_for(config)
-            train(config, run, alone, say=lambda line: None)
+            train_run(config, run, alone)
         return run
 
     return train_tiny
@@ -64,9 +62,7 @@ def train_tiny(tmp_path, alone) -> Callable[..., RunFolder]:
 def trained(tmp_path_factory) -> RunFolder:
     """A finished tiny run on digits, to be read only."""
     run, config = RunFolder(tmp_path_factory.mktemp("trained") / "run"), tiny_config(ema__decays=[0.9, 0.5])
-    run.path.mkdir()
-    run.open_for(config)
-    train(config, run, DistributedContext(0, 1, torch.device("cpu")), say=lambda line: None)
+    train_run(config, run, DistributedContext(0, 1, torch.device("cpu")))
     return run
 
 
@@ -77,7 +73,5 @@ def trained_with_classes(tmp_path_factory) -> RunFolder:
     images = str(write_images(folder / "images"))
     config = tiny_config(data__path=images, model__channels=3, model__classes=2, optim__lr=0.02, train__steps=20)
     run = RunFolder(folder / "run")
-    run.path.mkdir()
-    run.open_for(config)
-    train(config, run, DistributedContext(0, 1, torch.device("cpu")), say=lambda line: None)
+    train_run(config, run, DistributedContext(0, 1, torch.device("cpu")))
     return run

@@ -25,7 +25,11 @@ from PIL import Image
 from meanflow.errors import run_main
 from meanflow.training import settings
 from meanflow.training.config import RunConfig
+from meanflow.training.loop import Evaluate, train
 from meanflow.training.metrics import read_metrics
+from meanflow.training.processes import DistributedContext
+from meanflow.training.run_folder import RunFolder
+from meanflow.training.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -58,19 +62,15 @@ TREE: dict[str, Any] = {
         "flip": False,
         "flip_unlabelled": False,
     },
-    "times": {
-        "sampler": "v0",
-        "distribution": "lognorm",
-        "mu": -0.4,
-        "sigma": 1.0,
-        "mu_r": None,
-        "sigma_r": None,
-        "ratio": 0.75,
-        "share": "exact",
+    "objective": {
+        "kind": "meanflow",
+        "times": {"distribution": "lognorm", "mu": -0.4, "sigma": 1.0, "ratio": 0.75, "stratified": True},
+        "p": 0.75,
+        "c": 1e-3,
+        "tangent": "(v, 0, 1)",
     },
     "init": {"from": None, "ema": None},
     "guidance": None,
-    "loss": {"p": 0.75, "c": 1e-3, "tangent": "(v, 0, 1)", "jvp": "dual"},
     "optim": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 5, "clip": None},
     "ema": {"decays": [0.9], "every": 1, "eval": 0.9, "store": "device"},
     "train": {
@@ -78,6 +78,7 @@ TREE: dict[str, Any] = {
         "microbatch": None,
         "steps": 6,
         "precision": "fp32",
+        "jvp": "dual",
         "activation_checkpointing": False,
         "compile": None,
         "deterministic": False,
@@ -86,7 +87,7 @@ TREE: dict[str, Any] = {
     },
     "checkpoint": {"every": 2, "keep": 2, "milestone_every": None},
     "logging": {"flush_every": 50, "tensorboard": False},
-    "sample": {"count": 9, "columns": 3, "steps": 1, "seed": 0},
+    "sample": {"count": 9, "columns": 3, "steps": 1, "seed": 0, "uint8": "round"},
     "eval": {
         "extractor": "pixels",
         "reference": None,
@@ -116,7 +117,7 @@ def guided_latent_changes(latents: Path | str = "latents") -> dict[str, Any]:
     """The tiny run as a DiT with (trivial) guidance on the latents of digits, for `tiny_tree`."""
     model = {"kind": "dit", "image_size": 4, "channels": 4, "patch": 2, "width": 16, "depth": 2, "heads": 2}
     data = {"kind": "latents", "source": "digits", "images": None, "latents": str(latents), "split": "train"}
-    guidance = {"omega_prime": 1.0, "kappa": 0.0, "omega": 1.0, "t_start": 0.0, "t_end": 1.0}
+    guidance = {"omega_prime": 1.0, "kappa": 0.0, "t_start": 0.0, "t_end": 1.0}
     return {
         "model": {**model, "conditioning": "t,t-r", "classes": 10},
         "data": {
@@ -127,7 +128,7 @@ def guided_latent_changes(latents: Path | str = "latents") -> dict[str, Any]:
             "decode_precision": "fp32",
             "decode_batch": 64,
         },
-        "guidance": {**guidance, "label_drop": 0.1, "dropped": "official"},
+        "guidance": {**guidance, "label_drop": 0.1, "unconditional_rows": "r_eq_t_first"},
     }
 
 
@@ -148,6 +149,15 @@ def write_images(folder: Path, count: int = 22, classes: int = 2, size: int = 8)
         (folder / f"class{k % classes}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(coarse).resize((size, size), Image.BILINEAR).save(folder / f"class{k % classes}" / f"{k}.png")
     return folder
+
+
+def train_run(config: RunConfig, run: RunFolder, ctx: DistributedContext, evaluate: Evaluate | None = None) -> int:
+    """The training part of the job, in this process; the exit code."""
+    run.path.mkdir(exist_ok=True)
+    run.check(config)
+    training = set_up(config, run, ctx)
+    run.write_config(config)
+    return train(training, evaluate)
 
 
 # --- processes -------------------------------------------------------------------------------------------------

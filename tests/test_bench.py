@@ -15,9 +15,9 @@ from eval.benchmark.rows import Row
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, WAYS, Setting, Step, peak_memory
 from meanflow.errors import UserError
 from meanflow.training.batches import BatchStream
-from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.loop import open_data
 from meanflow.training.metrics import MetricsLog, StepSums
+from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
@@ -64,8 +64,8 @@ def test_dual_numbers_add_one_pass_without_graph_of_the_rows_that_move(step):
 
 
 def test_only_the_rows_that_move_pay(step):
-    assert passes(step("dual", "times.ratio=0.25"))["without", 2] == 1
-    assert passes(step("dual", "times.ratio=1.0"))["without", B] == 1
+    assert passes(step("dual", "objective.times.ratio=0.25"))["without", 2] == 1
+    assert passes(step("dual", "objective.times.ratio=1.0"))["without", B] == 1
 
 
 def test_the_other_ways_cost_what_they_are_said_to(step):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from meanflow.training.compiled import compiled_derivative
 from running import comparable_metrics
 from torch import nn
 
-from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 from meanflow.jvp import value_and_tangent
-from meanflow.training.compiled import compiled_derivative
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 from unet.layers import GroupNorm
 
 

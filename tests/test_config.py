@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 import yaml
+from meanflow.training.network import build_network, count_parameters
 from running import RECIPES, ROOT, guided_latent_changes, tiny_config, tiny_tree
 
 from dit import DiT, DiTConfig
@@ -21,25 +22,24 @@ from meanflow.training.config import (
     refuse_changed_run,
 )
 from meanflow.training.processes import DistributedContext
-from meanflow.training.network import build_network, count_parameters
 from unet import UNet
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"times__ratio": 1.2}, ["times.ratio", "[0, 1]", "1.2"]),
-        ({"times__ratio": -0.1}, ["times.ratio"]),
-        ({"times__sigma": 0}, ["times.sigma", "> 0"]),
-        ({"times__sampler": "v2"}, ["times.sampler", "v0", "v1"]),
-        ({"times__sampler": "v1"}, ["times.", "v1", "mu_r"]),
-        ({"times__mu_r": 0.1}, ["times.", "mu_r", "v0"]),
-        ({"times__distribution": "normal"}, ["times.distribution", "lognorm"]),
-        ({"times__share": "some"}, ["times.share", "exact"]),
-        ({"loss__p": -1}, ["loss.p", "≥ 0"]),
-        ({"loss__c": 0}, ["loss.c", "> 0"]),
-        ({"loss__tangent": "(v, 1, 2)"}, ["loss.tangent", "(v, 0, 1)"]),
-        ({"loss__jvp": "finite"}, ["loss.jvp", "dual", "func"]),
+        ({"objective__times__ratio": 1.2}, ["times.ratio", "[0, 1]", "1.2"]),
+        ({"objective__times__ratio": -0.1}, ["times.ratio"]),
+        ({"objective__times__sigma": 0}, ["times.sigma", "> 0"]),
+        ({"objective__times__sampler": "v2"}, ["times.sampler", "v0", "v1"]),
+        ({"objective__times__sampler": "v1"}, ["times.", "v1", "mu_r"]),
+        ({"objective__times__mu_r": 0.1}, ["times.", "mu_r", "v0"]),
+        ({"objective__times__distribution": "normal"}, ["times.distribution", "lognorm"]),
+        ({"objective__times__share": "some"}, ["times.share", "exact"]),
+        ({"objective__p": -1}, ["loss.p", "≥ 0"]),
+        ({"objective__c": 0}, ["loss.c", "> 0"]),
+        ({"objective__tangent": "(v, 1, 2)"}, ["loss.tangent", "(v, 0, 1)"]),
+        ({"train__jvp": "finite"}, ["train.jvp", "dual", "func"]),
         ({"train__batch": 0}, ["train.", "batch"]),
         ({"train__batch": -8}, ["train.", "batch"]),
         ({"train__steps": 0}, ["train.", "steps"]),
@@ -78,8 +78,8 @@ from unet import UNet
         ({"eval__steps": [1, 0]}, ["eval.steps"]),
         ({"eval__every": 0}, ["eval.every"]),
         (
-            {"train__compile": "default", "loss__jvp": "func", "times__share": "per_sample"},
-            ["train.compile", "times.share", "loss.jvp"],
+            {"train__compile": "default", "train__jvp": "func", "objective__times__share": "per_sample"},
+            ["train.compile", "times.share", "train.jvp"],
         ),
         (
             {"train__compile": "default", "train__activation_checkpointing": True},
@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_divide_names_one_that_does(alone):
 
 def test_overrides_are_named_in_errors(recipe):
     with pytest.raises(ConfigError, match=r"tiny\.yaml with --set times\.ratio=1\.2: times\.ratio"):
-        load_config(recipe(), ["times.ratio=1.2"])
+        load_config(recipe(), ["objective.times.ratio=1.2"])
 
 
 def test_a_number_in_scientific_notation_on_the_command_line(recipe):
@@ -222,7 +222,7 @@ def test_changes_lists_exactly_what_differs():
     ],
 )
 def test_how_a_run_is_run_and_judged_may_change(change):
-    fixed = {"loss__jvp": "func", "ema__decays": [0.9, 0.5]}
+    fixed = {"train__jvp": "func", "ema__decays": [0.9, 0.5]}
     refuse_changed_run(tiny_config(**fixed), tiny_config(**{**fixed, **change}), "here")
 
 
@@ -234,8 +234,8 @@ def test_how_a_run_is_run_and_judged_may_change(change):
         {"model__dropout": 0.1},
         {"data__source": "cifar10"},
         {"data__flip": True, "model__augment_labels": 6},
-        {"times__ratio": 0.5},
-        {"loss__p": 1.0},
+        {"objective__times__ratio": 0.5},
+        {"objective__p": 1.0},
         {"optim__lr": 2e-3},
         {"ema__decays": [0.9, 0.99]},
         {"train__batch": 16},
@@ -268,7 +268,10 @@ def test_config_classes_are_frozen_and_have_no_defaults():
 
 
 def test_processes_is_main():
-    assert DistributedContext(0, 2, torch.device("cpu")).is_main and not DistributedContext(1, 2, torch.device("cpu")).is_main
+    assert (
+        DistributedContext(0, 2, torch.device("cpu")).is_main
+        and not DistributedContext(1, 2, torch.device("cpu")).is_main
+    )
 
 
 def test_the_recipe_list_of_run_sh_has_every_recipe():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meanflow.training.guard import Guard
 from running import comparable_metrics, context, read_metrics, steps_of, tiny_config, write_images
 
 from meanflow.data import load_dataset
@@ -18,10 +19,15 @@ from meanflow.errors import UserError
 from meanflow.training import distributed
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
-from meanflow.training.processes import GradientSum, DistributedContext, leaving_distributed, start_distributed, stop_distributed
-from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
+from meanflow.training.processes import (
+    DistributedContext,
+    GradientSum,
+    leaving_distributed,
+    start_distributed,
+    stop_distributed,
+)
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, make_loss, update
@@ -46,8 +52,8 @@ SCENES = {
     "plain": SMOOTH,
     "labels": LABELLED,
     "accumulation": {**LABELLED, "train__microbatch": 4},
-    "per-sample shares": {**SMOOTH, "times__share": "per_sample", "times__ratio": 0.3},
-    "flow matching": {**SMOOTH, "times__ratio": 0.0, "train__microbatch": 5},
+    "per-sample shares": {**SMOOTH, "objective__times__share": "per_sample", "objective__times__ratio": 0.3},
+    "flow matching": {**SMOOTH, "objective__times__ratio": 0.0, "train__microbatch": 5},
 }
 
 

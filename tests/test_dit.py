@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from meanflow.recompute import recomputed
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit import DiT, DiTConfig
 from dit.model import CONDITIONINGS, unpatchify
-from meanflow.objectives.meanflow import LossConfig, meanflow_loss
-from meanflow.recompute import recomputed
 from meanflow.jvp import JVPS, value_and_tangent
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 
 # depth, width, heads, patch; parameters (M) and forward GFLOPs of Table 4, where L/2's 119.0 is XL/2's: DiT's own
 # paper has 80.7 for it.

@@ -21,8 +21,8 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.scoring.extractors import INCEPTION, Options, create
 from eval.fid import main
+from eval.scoring.extractors import INCEPTION, Options, create
 from eval.throughput import Images, random_inception
 from meanflow.precision import exact_float32
 

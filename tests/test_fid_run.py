@@ -8,14 +8,14 @@ import torch
 from fid_helpers import fid, grey_blobs, result, tiny_config, tiny_run
 
 import eval.scoring.features
-from eval import processes, score
-from meanflow.training.model import load_model
+from eval import score
 from eval.scoring.protocol import FULL_N, table
 from eval.scoring.subjects import GeneratedSource, Sampling, draw_labels
 from meanflow.errors import AssetError, UserError
 from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
-from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
+from meanflow.training.model import load_model
+from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import to_checkpoint
 
@@ -207,7 +207,9 @@ def test_a_full_disk(run, tmp_path, capsys, monkeypatch):
 def test_processes_with_other_arguments_stop(monkeypatch):
     monkeypatch.setattr(ctx, "gather", lambda _, value: [value, {**value, "n": "7"}])
     with pytest.raises(UserError, match=r"process 1 got other arguments than process 0 \(n differ\)"):
-        ctx.assert_same_on_all_ranks(DistributedContext(0, 2, torch.device("cpu")), {"n": "8", "seed": "0"}, "arguments")
+        ctx.assert_same_on_all_ranks(
+            DistributedContext(0, 2, torch.device("cpu")), {"n": "8", "seed": "0"}, "arguments"
+        )
 
 
 def test_samples_need_a_reference_and_the_network_their_channels(tmp_path, capsys):

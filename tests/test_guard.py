@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from meanflow.training.failure import record_failure
+from meanflow.training.guard import Guard, NotFinite, check, checksum
 from running import comparable_metrics, guided_latent_changes, read_metrics, tiny_config, write_images
 
 from meanflow.errors import AssetError, ConfigError, NumericsError, run_main
@@ -14,10 +16,8 @@ from meanflow.random import derive_seed
 from meanflow.training import guard as module
 from meanflow.training import loop, replay
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
-from meanflow.training.processes import DistributedContext
-from meanflow.training.failure import record_failure
-from meanflow.training.guard import Guard, NotFinite, check, checksum
 from meanflow.training.loop import train
+from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import fresh_state
 

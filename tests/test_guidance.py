@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from gaussian import Gaussian
+from meanflow.training.network import build_network
 from running import guided_latent_changes, tiny_config
 
 from meanflow.guidance import GuidanceConfig, drop_labels, guided_velocity
 from meanflow.objectives.meanflow import LossConfig, interpolate, meanflow_loss
 from meanflow.times import TimesConfig, sample_times
 from meanflow.training.estimate import random_batch
-from meanflow.training.network import build_network
 from meanflow.training.step import make_loss
 
 NULL = 2

@@ -7,7 +7,6 @@ import torch
 from running import comparable_metrics, guided_latent_changes, tiny_config
 
 from eval.scoring.classifier import agreement
-from meanflow.training.model import generate, load_model, noise
 from eval.scoring.score import preflight
 from meanflow.data import batch_indices, open_latents
 from meanflow.data.codec import SpaceToDepth
@@ -16,6 +15,7 @@ from meanflow.errors import AssetError, ConfigError
 from meanflow.random import generator
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest
+from meanflow.training.model import generate, load_model, noise
 from meanflow.training.processes import DistributedContext
 
 CPU = torch.device("cpu")

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from meanflow.training.network import build_network
 from running import guided_latent_changes, tiny_config
 
 from eval.benchmark.steps import plain_loss, plain_tangent, separate_tangent
 from meanflow.dual import value_of
 from meanflow.jvp import JVPS
 from meanflow.training.estimate import random_batch
-from meanflow.training.network import build_network
 from meanflow.training.step import make_loss
 
 UNET = {"model__attention": [4], "model__multipliers": [1, 2], "model__dropout": 0.2}
@@ -79,7 +79,7 @@ def test_dual_numbers_equal_the_plain_step_with_the_same_dropout_masks(
 def test_ways_that_split_the_batch_equal_the_plain_step(changes, dtype, tolerance):
     """Their dropout masks are others, since the rows with r = t go through the network apart."""
     for jvp in JVPS:
-        config, network, batch = case(changes, dtype, loss__jvp=jvp)
+        config, network, batch = case(changes, dtype, train__jvp=jvp)
         expected = plain(network, config, batch)
         assert_close(loss_and_gradient(network, make_loss(network, config, CPU), batch), expected, tolerance)
     assert_close(plain(network, config, batch, separate_tangent), expected, tolerance)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from gaussian import example
 
-from meanflow.objectives.meanflow import TANGENTS, LossConfig, interval_first, meanflow_loss
 from meanflow.jvp import JVPS
+from meanflow.objectives.meanflow import TANGENTS, LossConfig, interval_first, meanflow_loss
 from unet import UNet, UNetConfig
 
 SQUARED_L2 = LossConfig(p=0.0, c=1e-3, tangent="(v, 0, 1)", jvp="func")

@@ -28,7 +28,7 @@ TREE = {
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "RECIPES", tmp_path)
-    write_recipe(tmp_path / "tiny.yaml", **guided_latent_changes(), times__ratio=0.5)
+    write_recipe(tmp_path / "tiny.yaml", **guided_latent_changes(), objective__times__ratio=0.5)
 
     def write(**changes):
         path = tmp_path / "cost.yaml"
@@ -65,7 +65,7 @@ def test_what_cannot_be_measured_is_named(table, changes, word):
         overhead.load(table(**changes), None, [])
 
 
-@pytest.mark.parametrize("change", ["train.batch=3", "loss.jvp=func"])
+@pytest.mark.parametrize("change", ["train.batch=3", "train.jvp=func"])
 def test_what_it_sets_itself_is_refused(table, change):
     with pytest.raises(UserError, match="itself"):
         overhead.load(table(), None, [change])

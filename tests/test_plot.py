@@ -23,7 +23,7 @@ def write_run(folder: Path, steps: int = 300, **columns) -> Path:
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):
             line = {"step": step, "images": step * 8, "seconds": step / 10, "lr": min(1.0, step / 50)}
-            for key in ("loss", "error", "error_still", "error_moving", "grad_norm"):
+            for key in ("loss", "error", "error_r_eq_t", "error_r_lt_t", "grad_norm"):
                 line[key] = 100 / step * math.exp(numbers.normal() / 5)
             line |= {"images_per_s": 80.0, "memory_mb": 300.0}
             line |= {key: value(step) if callable(value) else value for key, value in columns.items()}
@@ -138,7 +138,7 @@ def test_other_horizontal_axes(tmp_path, figure, x, label, end):
 
 def test_a_metric_that_a_run_lacks_is_left_out(tmp_path, figure):
     """Flow Matching has no r ≠ t."""
-    run = write_run(tmp_path / "fm", error_moving=None)
+    run = write_run(tmp_path / "fm", error_r_lt_t=None)
     draw(run)
     assert not any("average velocity" in title for title in panels(figure()))
     draw(run, write_run(tmp_path / "mf"))

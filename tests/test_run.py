@@ -35,8 +35,8 @@ from meanflow.errors import run_main
 from meanflow.training import settings
 from meanflow.training.checkpoint import list_checkpoints, load_checkpoint
 from meanflow.training.config import load_config
-from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
+from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import warned_by_usr1
 
@@ -309,8 +309,8 @@ def test_a_config_that_was_damaged_is_named(refused, run_of):
     ("override", "parts"),
     [
         ("train.stepz=3", ["train.stepz", "did you mean train.steps?"]),
-        ("times.ratio=1.2", ["times.ratio", "[0, 1]"]),
-        ("loss.p=-1", ["loss.p"]),
+        ("objective.times.ratio=1.2", ["times.ratio", "[0, 1]"]),
+        ("objective.p=-1", ["loss.p"]),
         ("train.batch=0", ["train.", "batch"]),
         ("model=3", ["model is a group"]),
         ("train.steps", ["expected key.path=value"]),

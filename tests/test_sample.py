@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from eval import sample as module
-from meanflow.training.model import generate, load_model, noise, to_uint8
 from meanflow.errors import AssetError, NumericsError, UserError, run_main
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from meanflow.training.model import generate, load_model, noise, to_uint8
 from meanflow.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")

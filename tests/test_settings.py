@@ -185,7 +185,7 @@ def test_overrides_set_what_they_name_and_leave_the_rest():
 
 def test_overrides_keep_commas_spaces_and_equals_signs():
     assert override("model.conditioning=t,r")["model"]["conditioning"] == "t,r"
-    assert override("loss.tangent=(v, 0, 0)")["loss"]["tangent"] == "(v, 0, 0)"
+    assert override("objective.tangent=(v, 0, 0)")["loss"]["tangent"] == "(v, 0, 0)"
     assert override("data.path=/a=b/c")["data"]["path"] == "/a=b/c"
     assert override(" train.steps = 7")["train"]["steps"] == 7
 

@@ -15,7 +15,6 @@ from running import ROOT, guided_latent_changes, tiny_config, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.report import main as report
-from run import main as run_main_of_recipe
 from eval.table import main
 from eval.tables import config as table_config
 from eval.tables.config import PaperConfig, RowConfig, Table, load_table
@@ -24,11 +23,12 @@ from eval.tables.plan import passes
 from eval.tables.results import Line, Mean, Result, against_paper, process_seconds
 from meanflow.errors import AssetError, ConfigError, UserError
 from meanflow.training.config import load_config
-from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.estimate import forward_multiply_adds, random_batch
 from meanflow.training.metrics import StepSums
+from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, make_loss
+from run import main as run_main_of_recipe
 
 TABLES = sorted(path for path in (ROOT / "recipes" / "tables").glob("*.yaml") if not is_one(path))
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -151,9 +151,14 @@ def test_a_dry_run_says_what_each_row_costs(table, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"times__ratio": 0.0},
-        {"times__ratio": 1.0},
-        {"times__ratio": 0.5, **guided_latent_changes(), "guidance__kappa": 0.5, "guidance__omega_prime": 2.0},
+        {"objective__times__ratio": 0.0},
+        {"objective__times__ratio": 1.0},
+        {
+            "objective__times__ratio": 0.5,
+            **guided_latent_changes(),
+            "guidance__kappa": 0.5,
+            "guidance__omega_prime": 2.0,
+        },
     ],
 )
 def test_the_cost_of_a_step_is_about_what_is_counted(changes):

@@ -14,9 +14,9 @@ from eval.toy.mixture import Mixture
 from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
 from eval.toy2d import errors, in_float64, main, sliced_wasserstein
 from meanflow.errors import NumericsError
+from meanflow.jvp import value_and_tangent
 from meanflow.objectives.meanflow import TANGENTS, meanflow_loss
 from meanflow.random import generator
-from meanflow.jvp import value_and_tangent
 from meanflow.training import settings
 
 RECIPE = ROOT / "recipes" / "figures" / "toy2d.yaml"

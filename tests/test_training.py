@@ -10,6 +10,8 @@ import signal
 
 import pytest
 import torch
+from meanflow.training.ema import Ema
+from meanflow.training.guard import Guard
 from running import CLOCK, comparable_metrics, steps_of, tiny_config, write_images
 
 from meanflow.data import Dataset, load_dataset
@@ -18,11 +20,9 @@ from meanflow.training import loop
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from meanflow.training.config import EmaConfig, OptimConfig
-from meanflow.training.processes import GradientSum, DistributedContext
-from meanflow.training.ema import Ema
-from meanflow.training.guard import Guard
 from meanflow.training.loop import train
 from meanflow.training.metrics import MetricsLog, StepSums, read_metrics, rewind_metrics
+from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import StopRequest
 from meanflow.training.state import fresh_state, learning_rate, make_optimizer
@@ -371,7 +371,9 @@ def parts_of_step(config, dataset: Dataset, ctx: DistributedContext, step: int):
 def test_a_step_sees_the_same_samples_however_it_is_divided(rich, world, microbatch):
     config = tiny_config(**rich(train__microbatch=microbatch))
     dataset = load_dataset(config.data, 8, 3)
-    whole = parts_of_step(tiny_config(**rich(train__microbatch=None)), dataset, DistributedContext(0, 1, torch.device("cpu")), 2)
+    whole = parts_of_step(
+        tiny_config(**rich(train__microbatch=None)), dataset, DistributedContext(0, 1, torch.device("cpu")), 2
+    )
     divided = [
         part
         for rank in range(world)
@@ -476,19 +478,21 @@ def test_a_line_of_metrics_is_what_it_says(train_tiny):
     assert line["step"] == 1 and line["images"] == 8 and line["lr"] == pytest.approx(1e-3 / 5)
     assert line["loss"] == pytest.approx((error / (error + 1e-3) ** 0.75).mean().item(), rel=1e-5)
     assert line["error"] == pytest.approx(error.mean().item(), rel=1e-5)
-    assert line["error_still"] == pytest.approx(error[still].mean().item(), rel=1e-5) and still.sum() == 2
-    assert line["error_moving"] == pytest.approx(error[~still].mean().item(), rel=1e-5)
+    assert line["error_r_eq_t"] == pytest.approx(error[still].mean().item(), rel=1e-5) and still.sum() == 2
+    assert line["error_r_lt_t"] == pytest.approx(error[~still].mean().item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert set(line) == {*("step", "images", "loss", "error", "error_still", "error_moving", "grad_norm", "lr", *CLOCK)}
+    assert set(line) == {
+        *("step", "images", "loss", "error", "error_r_eq_t", "error_r_lt_t", "grad_norm", "lr", *CLOCK)
+    }
     assert line["images_per_s"] > 0 and line["seconds"] > 0 and line["memory_mb"] > 1
 
 
-@pytest.mark.parametrize(("ratio", "missing"), [(0.0, "error_moving"), (1.0, "error_still")])
+@pytest.mark.parametrize(("ratio", "missing"), [(0.0, "error_r_lt_t"), (1.0, "error_r_eq_t")])
 def test_an_error_without_samples_is_null_not_zero(train_tiny, ratio, missing):
-    run = train_tiny(train__steps=2, times__ratio=ratio)
+    run = train_tiny(train__steps=2, objective__times__ratio=ratio)
     for line in comparable_metrics(run.path):
         assert line[missing] is None
-        assert line[{"error_moving": "error_still", "error_still": "error_moving"}[missing]] == line["error"]
+        assert line[{"error_r_lt_t": "error_r_eq_t", "error_r_eq_t": "error_r_lt_t"}[missing]] == line["error"]
 
 
 def sums_with(loss: float, stop: bool = False) -> StepSums:
@@ -587,7 +591,7 @@ def test_the_progress_bar_does_not_flood_a_log(tmp_path, alone, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("jvp", ["dual", "func"])
 def test_every_precision_and_derivative_trains(train_tiny, precision, jvp):
-    run = train_tiny(train__steps=2, train__precision=precision, loss__jvp=jvp, train__deterministic=True)
+    run = train_tiny(train__steps=2, train__precision=precision, train__jvp=jvp, train__deterministic=True)
     torch.use_deterministic_algorithms(False)
     for line in comparable_metrics(run.path):
         assert math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])

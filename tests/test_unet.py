@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 from meanflow.jvp import value_and_tangent
+from meanflow.objectives.meanflow import LossConfig, meanflow_loss
 from unet import UNet, UNetConfig
 from unet.embedding import CONDITIONINGS, SinusoidalEmbedding
 

@@ -2,7 +2,6 @@
 
 import itertools
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,16 +9,18 @@ import torch
 
 from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
-from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
 from eval.latents_throughput import write_random_latents
 from meanflow.data import Dataset, Latents, LatentsConfig
 from meanflow.data.latents import verify
+from meanflow.logs import log
+from meanflow.objectives import Loss
+from meanflow.objectives.base import by_rows
 from meanflow.training.batches import BatchStream
-from meanflow.training.config import RunConfig
-from meanflow.training.processes import DistributedContext
+from meanflow.training.config import RunConfig, load_config
 from meanflow.training.metrics import MetricsLog, StepSums
-from meanflow.training.network import count_parameters
-from meanflow.training.state import TrainState
+from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
+from meanflow.training.processes import DistributedContext
+from meanflow.training.state import TrainState, count_parameters
 
 ROWS = ("step", "memory", "plain", "outside", "sampling")
 MET, NOT_MET, NO_FIGURE = "met", "not met", "no figure was set"
@@ -59,11 +60,11 @@ class Reach:
     loop: float | None  # share of the step outside it
 
     @classmethod
-    def of(cls, config: RunConfig, parameters: int) -> "Reach":
+    def of(cls, config: RunConfig, parameters: int, share: float) -> "Reach":
         if parameters < PAPER_PARAMETERS:
             return cls(None, None, False, None)
         pixels = not isinstance(config.data, LatentsConfig)
-        return cls({0.75: 1.35, 0.25: 1.12}.get(config.times.ratio), 1.2 if pixels else None, pixels, 0.03)
+        return cls({0.75: 1.35, 0.25: 1.12}.get(share), 1.2 if pixels else None, pixels, 0.03)
 
 
 @dataclass(frozen=True)
@@ -112,24 +113,28 @@ class Plan:
         cuda = self.device.type == "cuda"
         return self.setting(PLAIN, "tf32" if cuda else "fp32", self.modes[0] if cuda and self.modes else None)
 
+    @property
+    def compares_plain(self) -> bool:
+        return "plain" in self.rows and load_config(self.recipe, self.overrides).objective.plain is not None
+
     def settings(self) -> list[Setting]:
         chosen = []
         for precision in self.precisions:
             chosen += [self.setting(way, precision) for way in (FLOW_MATCHING, *self.jvps)]
             for mode in self.modes:
                 chosen += [self.setting(way, precision, mode) for way in (FLOW_MATCHING, self.jvps[0])]
-        return chosen + ([self.plain] if "plain" in self.rows else [])
+        return chosen + ([self.plain] if self.compares_plain else [])
 
 
-def measure(plan: Plan, say: Callable[[str], None]) -> Report:
+def measure(plan: Plan) -> Report:
     """Run everything that `plan` names. Raises ConfigError."""
     settings, device = plan.settings(), plan.device
     memory: dict[str, float] = {}
     if "memory" in plan.rows:  # first, while this process is small
         for setting in settings:
-            say(f"{plan.recipe.stem}: peak memory of {setting.name}")
+            log.info(f"{plan.recipe.stem}: peak memory of {setting.name}")
             memory[setting.name] = peak_memory(setting, device)
-    say(f"{plan.recipe.stem}: {len(settings)} steps, {plan.rounds} rounds")
+    log.info(f"{plan.recipe.stem}: {len(settings)} steps, {plan.rounds} rounds")
     steps, state = {}, None
     for setting in settings:
         step = Step(setting, device, None if setting.way == PLAIN else state)
@@ -138,7 +143,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Report:
     work = {s.precision: matrix_work(steps[s.name].config.train, device) for s in settings}
     products = {(precision, kind): call for precision in work for kind, (call, _) in work[precision].items()}
     seconds = take_turns({**steps, **products}, plan.rounds, device)
-    ours = steps[settings[0].name]
+    ours = steps[plan.setting(plan.jvps[0], plan.precisions[0]).name]
     rates = {
         precision: max(flops / min(seconds[precision, kind]) for kind, (_, flops) in work[precision].items())
         for precision in work
@@ -146,13 +151,14 @@ def measure(plan: Plan, say: Callable[[str], None]) -> Report:
     config = plan.setting(plan.jvps[0], plan.precisions[0]).config()
     results = [_step_result(steps[s.name], seconds[s.name], rates[s.precision], memory.get(s.name)) for s in settings]
     parameters = count_parameters(ours.state.network)
-    reach = Reach.of(config, parameters)
-    rows = _rows(plan, reach, config.times.ratio, seconds, memory)
+    share = float((ours.batch.r != ours.batch.t).float().mean())
+    reach = Reach.of(config, parameters, share)
+    rows = _rows(plan, reach, share, seconds, memory)
     if "outside" in plan.rows:
         rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, reach, device))
     if "sampling" in plan.rows:
         rows.append(_sampling(config, ours.state, plan))
-    return Report(plan.recipe.stem, parameters, plan.batch, config.times.ratio, rates, results, rows)
+    return Report(plan.recipe.stem, parameters, plan.batch, share, rates, results, rows)
 
 
 def _step_result(step: Step, seconds: list[float], rate: float, memory: float | None) -> StepResult:
@@ -173,7 +179,7 @@ def _rows(
     if "memory" in plan.rows:
         figure = Spread.of([memory[meanflow] / memory[flow_matching]])
         rows.append(Row("peak memory, MeanFlow / Flow Matching step", figure, reach.memory, True))
-    if "plain" in plan.rows:
+    if plan.compares_plain:
         rows += [_against_plain(plan, seconds, *wanted, reach.plain) for wanted in PLAIN_REACH]
     return rows
 
@@ -200,19 +206,21 @@ def _against_plain(plan: Plan, seconds: dict, kind: str, precision: str, bound: 
 def _outside(config: RunConfig, state: TrainState, step_seconds: float, reach: Reach, device: torch.device) -> Row:
     """What the training loop does besides forward, backward and optimiser, each part timed alone: an upper bound,
     since on a GPU much of it overlaps with the step."""
-    alone, batch, numbers = DistributedContext(0, 1, device), config.train.batch, torch.rand(config.train.batch, device=device)
+    alone, batch = DistributedContext(0, 1, device), config.train.batch
+    numbers = torch.rand(batch, device=device)
+    logged = Loss(numbers, by_rows(numbers, torch.zeros(batch), torch.arange(batch) % 2))
     steps = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
         stream = BatchStream(_random_data(config, Path(folder)), _without_classes(config), alone)
-        log = MetricsLog(Path(folder) / "metrics.jsonl", alone, config.logging.flush_every, 0.0)
+        written = MetricsLog(Path(folder) / "metrics.jsonl", alone, config.logging.flush_every, 0.0)
 
         def metrics() -> None:
             for k in range(config.logging.flush_every):
-                sums = StepSums(device, False)
-                sums.add(numbers, numbers, batch // 2)
-                log.record(k, 0, batch, 0.0, sums, numbers[0])
-                if log.due:
-                    log.flush()
+                sums = StepSums()
+                sums.add(logged)
+                written.record(k + 1, batch, 0.0, sums, numbers[0])
+                if written.due:
+                    written.flush()
 
         every = {"data": 1, "ema": config.ema.every, "metrics": config.logging.flush_every}
         work = {
@@ -250,10 +258,10 @@ def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
 
     @torch.no_grad()
     def forward() -> None:
-        network(z, t, r, **cond)
+        network(z, r, t, **cond)
 
     def sampling() -> None:
-        to_uint8(generate(model, 0, plan.batch, 1, 0, labels)).cpu()
+        to_uint8(generate(model, 0, plan.batch, 1, 0, labels), config.sample.uint8).cpu()
 
     seconds = take_turns({"forward": forward, "sampling": sampling}, plan.rounds, device)
     name = "one-step sampling rate / forward pass rate"

@@ -1,28 +1,34 @@
 """The steps that are compared: ours in several settings, and the plain one that everything is measured against.
 
-The plain step is Algorithm 1 written down: one full-batch `torch.func.jvp` over all samples, in the default memory
-format (NCHW). Network, dropout, batch and optimiser are the same.
+The plain step is the objective's specification (`Objective.plain`), such as one `torch.func.jvp` of the whole batch, in
+the default memory format (NCHW). Network, dropout, batch and optimiser are the same.
 """
 
+import functools
 import multiprocessing
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.objectives.meanflow import TANGENTS, LossConfig, MeanFlowLoss, interval_first
-from meanflow.jvp import Network
+from meanflow.jvp import func_jvp, value_and_jvp
+from meanflow.objectives import Loss
 from meanflow.training.batches import MicroBatch
 from meanflow.training.config import RunConfig, load_config
-from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.estimate import random_batch
 from meanflow.training.metrics import StepSums, peak_memory_mb
+from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.state import TrainState, fresh_state
-from meanflow.training.step import LossFunction, accumulate, configure_numerics, make_loss, update, velocity_of
+from meanflow.training.step import (
+    LossFunction,
+    accumulate,
+    configure_numerics,
+    in_training_precision,
+    make_loss,
+    update,
+)
 
 FLOW_MATCHING, PLAIN, SEPARATE = "flow matching", "plain", "separate"
 WAYS = (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)
@@ -32,7 +38,7 @@ WAYS = (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)
 class Setting:
     """What is measured: a recipe with overrides, a batch size, and one way of making its step.
 
-    way: "flow matching" (no sample at r ≠ t), "dual" or "func" (`loss.jvp`), "separate" (u by a plain pass, du/dt
+    way: "flow matching" (no sample at r ≠ t), "dual" or "func" (`train.jvp`), "separate" (u by a plain pass, du/dt
     by a `torch.func.jvp` without graph before it: the same as recomputing the forward pass) or "plain".
     """
 
@@ -51,10 +57,8 @@ class Setting:
         """Without guidance, whose passes are no part of the derivative's cost. Raises ConfigError."""
         sets = [*self.overrides, f"train.batch={self.batch}", "train.microbatch=null"]
         sets += [f"train.precision={self.precision}", f"train.compile={self.compile or 'null'}"]
-        if self.way == FLOW_MATCHING:
-            sets += ["times.ratio=0"]
         if self.way in ("dual", "func"):
-            sets += [f"loss.jvp={self.way}"]
+            sets += [f"train.jvp={self.way}"]
         return replace(load_config(self.recipe, sets), guidance=None)
 
 
@@ -65,6 +69,8 @@ class Step:
         """`state` may be shared by all steps of one network but the plain one, which keeps its own in NCHW."""
         self.setting, self.config, self.device = setting, setting.config(), device
         self.batch = random_batch(self.config, setting.batch, device)
+        if setting.way == FLOW_MATCHING:
+            self.batch = replace(self.batch, r=self.batch.t)
         self.state = state or fresh_state(self.config, device)
         self.state.network.train()
         if setting.way == PLAIN:
@@ -76,17 +82,20 @@ class Step:
     def _loss(self, compile: str | None) -> LossFunction:
         network, config, way = self.state.network, self.config, self.setting.way
         if way not in (PLAIN, SEPARATE):
-            return make_loss(network, replace(config, train=replace(config.train, compile=compile)), self.device)
-        tangent = plain_tangent if way == PLAIN else separate_tangent
-        tangent = torch.compile(tangent, dynamic=False, mode=compile) if compile else tangent
-        u = velocity_of(network, config.train)
-        return lambda batch: plain_loss(tangent, u, batch, config.loss)
+            config = replace(config, train=replace(config.train, compile=compile))
+            return make_loss(network, config, self.device, self.state.ema)
+        u, objective = in_training_precision(network, config.train), config.objective
+        if way == SEPARATE:
+            take = torch.compile(separate_jvp, dynamic=False, mode=compile) if compile else separate_jvp
+            jvp = functools.partial(value_and_jvp, take=take)
+            return lambda b: objective.loss(u, b.x, b.eps, b.r, b.t, jvp=jvp, **b.cond)
+        plain = torch.compile(objective.plain, dynamic=False, mode=compile) if compile else objective.plain
+        return lambda b: Loss(plain(u, b.x, b.eps, b.r, b.t, **b.cond))
 
     def backward(self, loss: LossFunction | None = None) -> None:
         """Forward and backward pass alone."""
         torch.manual_seed(0)
-        sums = StepSums(self.device, False)
-        accumulate(loss or self.loss, [self.batch], 1, self.setting.batch, self.gradients, sums)
+        accumulate(loss or self.loss, [self.batch], 1, self.setting.batch, self.gradients, StepSums())
 
     def __call__(self) -> Tensor:
         configure_numerics(self.config.train)
@@ -104,35 +113,13 @@ def in_default_format(batch: MicroBatch) -> MicroBatch:
     return replace(batch, x=batch.x.contiguous(), eps=batch.eps.contiguous())
 
 
-def plain_loss(tangent: Callable, u: Network, batch: MicroBatch, config: LossConfig) -> MeanFlowLoss:
-    """Algorithm 1 with Eq. (22), without shortcuts; `tangent` gives (u, du/dt)."""
-    x, eps, t, r = batch.x, batch.eps, batch.t.to(batch.x), batch.r.to(batch.x)
-    column = (-1, *[1] * (x.ndim - 1))
-    z = (1 - t.view(column)) * x + t.view(column) * eps
-    v = eps - x
-    dr, dt = TANGENTS[config.tangent]
-    u_out, dudt = tangent(u, z, t, r, v, dt, dr, batch.cond)
-    target = v - (t - r).view(column) * dudt
-    squared_error = (u_out - target.detach()).square().flatten(1).sum(1)
-    weight = (1 / (squared_error + config.c) ** config.p).detach()
-    return MeanFlowLoss(weight * squared_error, squared_error.detach())
-
-
-def plain_tangent(u, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
-    """One `torch.func.jvp` over the whole batch."""
-    tangents = (v, torch.full_like(t, dt), torch.full_like(r, dr))
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        return torch.func.jvp(lambda z, t, r: u(z, t, r, **cond), (z, t, r), tangents)
-
-
-def separate_tangent(u, z, t, r, v, dt, dr, cond) -> tuple[Tensor, Tensor]:
-    """du/dt of the rows with r ≠ t by a pass of its own that keeps no graph, then u."""
-    rows = interval_first(t, r)[1]
-    moving = {key: x[:rows] for key, x in cond.items()}
-    dudt = torch.zeros_like(z)
+def separate_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+    """du/dt of the first rows by a pass of its own that keeps no graph, then u."""
+    n = len(tangents[0])
     with torch.no_grad():
-        dudt[:rows] = plain_tangent(u, z[:rows], t[:rows], r[:rows], v[:rows], dt, dr, moving)[1]
-    return u(z, t, r, **cond), dudt
+        first = {key: y[:n] if isinstance(y, Tensor) else y for key, y in cond.items()}
+        tangent = func_jvp(u, z[:n], r[:n], t[:n], tangents, first)[1]
+    return u(z, r, t, **cond), tangent
 
 
 def peak_memory(setting: Setting, device: torch.device, steps: int = 2) -> float:

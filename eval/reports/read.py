@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.plot import run_names
 from eval.scoring.extractors import INCEPTION
 from eval.scoring.files import read_json
-from eval.plot import run_names
 from eval.scoring.protocol import FULL_N
 from eval.tables.config import SCALES
 from meanflow.errors import AssetError

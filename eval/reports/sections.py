@@ -38,8 +38,8 @@ def hardware(run: RunRecord) -> str:
     if not run.starts:
         return "hardware that was not recorded"
     last = run.starts[-1]
-    ranks = last.get("processes", 1)
-    return f"{last.get('device', 'an unknown device')}, {processes} process{'' if processes == 1 else 'es'}"
+    count = last.get("processes", 1)
+    return f"{last.get('device', 'an unknown device')}, {count} process{'' if count == 1 else 'es'}"
 
 
 def cards(run: RunRecord) -> Html:

@@ -11,15 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from eval.scoring.files import write_json
-from meanflow.training.model import Model, generate, load_model, to_uint8
 from eval.scoring.subjects import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import UserError, run_main
+from meanflow.training.model import Model, generate, load, to_uint8
 from meanflow.training.run_folder import RunFolder
 
 FOLDS = 5
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.n < 1 or args.steps < 1:
         raise UserError("--n and --steps must be ≥ 1")
-    model = load_model(args.run, args.ema, torch.device("cpu"))
+    model = load(args.run, args.ema, "cpu")
     found = agreement(model, args.n, args.steps, args.seed)
     if args.run.is_dir():
         write_json(agreement_file(RunFolder(args.run), model, args.steps), asdict(found))

@@ -11,12 +11,11 @@ from eval.scoring.features import extract_features, images_done
 from eval.scoring.files import write_json
 from eval.scoring.metrics import compute
 from eval.scoring.prepare import Prepared, prepare
-from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
 from eval.scoring.protocol import Request, Variant, flat, open_work, result, settings, stands
 from eval.scoring.references import check_reference
 from eval.scoring.workers import one_thread
 from meanflow.errors import AssetError, IncompleteError, UserError
-from meanflow.training.processes import DistributedContext
+from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, run_on_rank0
 
 
 def preflight(request: Request, variants: list[Variant]) -> list[str]:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from eval.scoring.extractors import Extractor
 from eval.scoring.files import NpzFile, write_npz
-from meanflow.training.processes import run_on_rank0
 from eval.scoring.sources import Source
 from eval.scoring.workers import each
 from meanflow.errors import AssetError, NumericsError
-from meanflow.precision import exact_float32
 from meanflow.logs import progress_bar
-from meanflow.training.processes import DistributedContext
+from meanflow.precision import exact_float32
+from meanflow.training.processes import DistributedContext, run_on_rank0
 
 
 def batches(n: int, batch: int) -> Iterator[tuple[int, int]]:

@@ -16,10 +16,9 @@ from eval.scoring.extractors import Extractor
 from eval.scoring.features import extract_features
 from eval.scoring.files import NpzFile, sha256_json, write_npz
 from eval.scoring.metrics import Statistics
-from meanflow.training.processes import run_on_rank0
 from eval.scoring.references import Reference, size_words, who_made
 from meanflow.errors import AssetError, UserError
-from meanflow.training.processes import DistributedContext
+from meanflow.training.processes import DistributedContext, run_on_rank0
 
 REFERENCE_BATCH = 64  # fixed, so that a reference does not depend on the batch its user asks for
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,20 +11,20 @@ import torch
 from eval.scoring.evaluate import evaluate
 from eval.scoring.extractors import Extractor, Options, create, prefetch
 from eval.scoring.files import default_cache, read_json, write_json
-from meanflow.training.model import codec_of, open_checkpoint
 from eval.scoring.metrics import MetricOptions, Statistics, frechet
-from meanflow.training.processes import run_on_rank0
 from eval.scoring.protocol import Request, table
 from eval.scoring.references import NAMED, Reference, check_reference, open_reference, reference_of_images
 from eval.scoring.subjects import Sampling, variants_of
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
+from meanflow.logs import log
 from meanflow.precision import exact_float32
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
 from meanflow.training.config import RunConfig
-from meanflow.training.processes import DistributedContext
+from meanflow.training.model import codec_of, open_checkpoint
+from meanflow.training.processes import DistributedContext, run_on_rank0
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
 
@@ -32,7 +32,6 @@ METRICS = ("fid",)
 SEED = 0
 BEST = "best.pt"
 DOWNLOADS = "data"  # where references are kept, if the recipe has no folder for downloads
-Say = Callable[[str], None]
 
 
 def preflight(config: RunConfig) -> list[str]:
@@ -59,26 +58,21 @@ def preflight(config: RunConfig) -> list[str]:
     return check_reference(reference, METRICS, extractor, shape, MetricOptions())
 
 
-def score_run(
-    run: RunFolder, config: RunConfig, ctx: DistributedContext, say: Say = print, what: Path | None = None
-) -> list[dict]:
+def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: Path | None = None) -> list[dict]:
     """Score the checkpoint `what` (None: the newest) with the recipe's EMA at each of `config.eval.steps`.
 
-    Returns the results (main process). They are written to RUN/eval/*.json and shown as a table. What an interrupted
+    Returns the results (main process). They are written to RUN/eval/*.json. What an interrupted
     call has done is used, and results that stand there already are not made again. Raises what
     `eval.scoring.evaluate.evaluate` raises.
     """
     path, checkpoint = open_checkpoint(what or run.path)
-    sampling = Sampling(config.eval.samples, SEED, "random", "round")
+    sampling = Sampling(config.eval.samples, SEED, "random", config.sample.uint8)
     variants = variants_of(
         path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, ctx.device
     )
     extractor = _extractor_for_all(config, ctx)
     results = evaluate(_request(run, config, extractor, _reference(config)), variants, ctx)
-    if results is None:
-        return []
-    say(table(results))
-    return results
+    return [] if results is None else results
 
 
 class ScoreDuring:
@@ -89,23 +83,21 @@ class ScoreDuring:
     kept as checkpoints/best.pt.
     """
 
-    def __init__(self, say: Say = print):
-        self._say = say
+    def __init__(self):
         self._reference: Reference | None = None
 
     def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, ctx: DistributedContext) -> None:
-        say = self._say if ctx.is_main else lambda line: None
         with _undisturbed(ctx.device):
             try:
                 extractor = _extractor_for_all(config, ctx)
             except AssetError as error:
-                say(f"warning: step {state.step:,} is not scored: {error}")
+                log.warning(f"step {state.step:,} is not scored: {error}")
                 return
             self._reference = self._reference or _reference(config)
             path = checkpoint_path(run.checkpoints, state.step)
             meta = read_json(path.with_suffix(".json"))
             averages = {repr(decay): average for decay, average in state.ema.averages.items()}
-            sampling = Sampling(config.eval.every_samples, SEED, "random", "round")
+            sampling = Sampling(config.eval.every_samples, SEED, "random", config.sample.uint8)
             variants = variants_of(
                 path,
                 Checkpoint({}, averages, {}, meta),
@@ -118,7 +110,7 @@ class ScoreDuring:
             request = _request(run, config, extractor, self._reference)
             results = evaluate(request, variants, ctx, progress=False)
         if results is not None:
-            say(table(results))
+            log.info(table(results))
             keep_best(path, results, extractor.label("fid"), repr(config.ema.eval), config.eval.steps[0])
 
 

@@ -14,10 +14,9 @@ from torchvision.datasets import CIFAR10
 from eval.scoring.extractors import INCEPTION, Options, create
 from eval.scoring.metrics import MetricOptions, compute
 from eval.scoring.prepare import prepare
-from meanflow.training.processes import gather
 from eval.scoring.references import open_reference
 from meanflow.errors import EXIT_ASSET, AssetError, NumericsError
-from meanflow.training.processes import DistributedContext
+from meanflow.training.processes import DistributedContext, gather
 
 PUBLISHED_IS, TOLERANCE = 11.2368, 0.01
 METRICS = ("isc", "fid")

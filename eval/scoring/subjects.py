@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meanflow.training.model import WEIGHTS, Model, generate, model_of, to_uint8
 from eval.scoring.protocol import Variant
 from meanflow.errors import UserError
 from meanflow.random import generator
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import Checkpoint
+from meanflow.training.model import WEIGHTS, Model, generate, model_of, to_uint8
 
 BALANCED, RANDOM = "balanced", "random"
 

@@ -6,10 +6,9 @@ from eval.tables.config import Table
 from eval.tables.files import aligned
 from eval.tables.overhead import Overhead
 from meanflow.random import generator
-from meanflow.times import sample_times
 from meanflow.training.config import RunConfig
 from meanflow.training.estimate import forward_multiply_adds
-from meanflow.training.network import build_network, count_parameters
+from meanflow.training.state import build_network, count_parameters
 
 # The official PyTorch release reports 0.21 s an iteration of cifar10 on eight H200s: 1.68 GPU-seconds for what `passes`
 # makes 163 TFLOP a step.
@@ -23,8 +22,8 @@ def passes(config: RunConfig) -> float:
     Forward and backward are 3, the tangent of a sample with r ≠ t is 1 (dual numbers), and each term of the guided
     velocity (Eq. 21) with a weight is 1 for samples inside the interval that keep their label.
     """
-    t, r = sample_times(DRAWS, config.times, generator(config.seed, "plan"))
-    count = 3 + float((t != r).float().mean())
+    r, t = config.objective.sample_times(DRAWS, generator(config.seed, "plan"))
+    count = 3 + float((r != t).float().mean()) * config.objective.needs_jvp
     if guidance := config.guidance:
         inside = float(((t >= guidance.t_start) & (t <= guidance.t_end)).float().mean())
         terms = sum(abs(weight) > 1e-12 for weight in (guidance.kappa, 1 - guidance.omega - guidance.kappa))

@@ -10,14 +10,13 @@ from scipy.stats import ttest_ind
 
 from eval.scoring.classifier import Agreement, agreement, agreement_file
 from eval.scoring.files import read_json, write_json
-from meanflow.training.model import load_model
-from meanflow.training.processes import run_on_rank0
 from eval.scoring.score import score_run
 from eval.tables.config import RowConfig, Run, Table
 from meanflow.errors import AssetError
 from meanflow.training.checkpoint import checkpoint_path
-from meanflow.training.processes import DistributedContext
 from meanflow.training.metrics import read_metrics
+from meanflow.training.model import load
+from meanflow.training.processes import DistributedContext, run_on_rank0
 from meanflow.training.run_folder import RunFolder, starts
 
 AGREEMENT_STEPS = 1
@@ -88,7 +87,7 @@ def measure(table: Table, run: Run, folder: RunFolder, ctx: DistributedContext) 
     for step in steps:
         at = f" at {step:,} steps" if table.config.milestones else ""
         what = checkpoint_path(folder.checkpoints, step)
-        for result in score_run(folder, run.recipe, ctx, say=lambda text: None, what=what):
+        for result in score_run(folder, run.recipe, ctx, what):
             nfe, comparable = result["protocol"]["nfe"], result["comparable"]
             for name, value in result["metrics"].items():
                 mark = "" if comparable or name.startswith("fd-") else " (not comparable)"
@@ -116,7 +115,7 @@ def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) ->
 
 
 def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> Agreement:
-    model = load_model(checkpoint_path(run.checkpoints, step), None, ctx.device)
+    model = load(checkpoint_path(run.checkpoints, step), device=ctx.device)
     file, samples = agreement_file(run, model, AGREEMENT_STEPS), model.config.eval.samples
     if file.exists():
         tree = read_json(file)
@@ -124,7 +123,7 @@ def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> Agreement:
             try:
                 return Agreement(**tree)
             except TypeError as error:
-                raise AssetError(f"{file}: is not a result of eval.scoring.classifier ({error}); move it away") from error
+                raise AssetError(f"{file}: is not a classifier's result ({error}); move it away") from error
     found = agreement(model, samples, AGREEMENT_STEPS)
     write_json(file, asdict(found))
     return found
@@ -149,16 +148,16 @@ def against_paper(table: Table, lines: list[Line]) -> list[str]:
             continue
         if ours is not known[0] and not _differ(ours, known[0], label):
             text += " (not significantly)"
-        assert_same_on_all_ranks, against = 0, []
+        same, against = 0, []
         for a, b in combinations(known, 2):
             if a.row.paper[k] == b.row.paper[k] or not _differ(a, b, label):
                 continue
             if a.figure(label).mean < b.figure(label).mean:
-                assert_same_on_all_ranks += 1
+                same += 1
             else:
                 against.append(f"{b.row.name} is better than {a.row.name}")
         pairs = math.comb(len(known), 2)
-        text += f". Of {pairs} pairs of rows {agree} differ as in the paper and {len(against)} against it"
+        text += f". Of {pairs} pairs of rows {same} differ as in the paper and {len(against)} against it"
         test = f" (Welch's t-test of {seeds} seeds, {LEVEL:.0%} for each pair; the others do not differ significantly)"
         said.append(f"{text}{': ' if against else ''}{'; '.join(against)}{test}.")
     return said

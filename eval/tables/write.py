@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from eval.plot import COLOURS, LOG_FROM, MARKERS, plain
-from run import FLOOR_UP_TO
 from eval.scoring.score import floor
 from eval.tables.config import RowConfig, Run, Table
 from eval.tables.files import write_files
 from eval.tables.results import AGREEMENT, Line, Mean, against_paper
 from meanflow.errors import AssetError, write_errors_named
+from run import FLOOR_UP_TO
 
 GRID_INCHES = 3.2
 

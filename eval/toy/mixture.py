@@ -67,7 +67,7 @@ class Mixture:
             raise ArithmeticError(f"the probability flow could not be integrated: {found.message}")
         return torch.from_numpy(found.y[:, -1]).view(-1, 2)
 
-    def average_velocity(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def average_velocity(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """u(z, r, t) of Eq. (3), with its limit v where r = t."""
         interval = (t - r)[:, None]
         displacement = z - self.flow(z, t, r)
@@ -85,4 +85,4 @@ class Mixture:
 
 def instantaneous(mixture: Mixture) -> Network:
     """v in the place of u: what ordinary Flow Matching samples with."""
-    return lambda z, t, r: mixture.velocity(z, t)
+    return lambda z, r, t: mixture.velocity(z, t)

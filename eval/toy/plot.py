@@ -18,10 +18,10 @@ from eval.plot import COLOURS
 from eval.toy.mixture import Mixture, instantaneous
 from eval.toy.train import DrawConfig, Toy2dConfig
 from meanflow.errors import write_errors_named
+from meanflow.jvp import Network
 from meanflow.objectives.meanflow import interpolate
 from meanflow.random import generator
-from meanflow.sampling import sample, time_grid
-from meanflow.jvp import Network
+from meanflow.sampling import sample
 
 BLUE, ORANGE, GREEN, GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]  # v, trained u, true u, noise
 DATA = "#b03a3a"
@@ -93,7 +93,7 @@ def field_panels(axes, u: Network, mixture: Mixture, t: float, config: DrawConfi
     )
     for axis, (title, colour, field) in zip(axes, fields, strict=True):
         axis.contourf(density, levels, extent=(-limit, limit, -limit, limit), cmap="Greys", vmax=2.5 * density.max())
-        arrows(axis, z, field(z, times, torch.zeros_like(times)), colour)
+        arrows(axis, z, field(z, torch.zeros_like(times), times), colour)
         axis.set_title(title, fontsize=10)
 
 
@@ -170,7 +170,7 @@ def sample_panels(axes, u: Network, mixture: Mixture, config: Toy2dConfig, dista
     trained = ("u", "trained $u$", ORANGE, u)
     for axis, (kind, steps) in zip(axes, [(v, few), (v, many), (trained, few), (trained, many)], strict=True):
         key, name, colour, field = kind
-        z = sample(field, noise, time_grid(steps))
+        z = sample(field, noise, steps)
         axis.scatter(*data.T, s=3, color="#d9d9d9", linewidths=0)
         axis.scatter(*z.T, s=3, color=colour, alpha=0.6, linewidths=0)
         axis.set_title(f"{name}, {steps} step{'s' if steps > 1 else ''}", fontsize=10)

@@ -1,4 +1,4 @@
-"""The settings of `eval.toy2d`, its network u(z, t, r) on the plane, and its training by the kit's own objective."""
+"""The settings of `eval.toy2d`, its network u(z, r, t) on the plane, and its training by the kit's own objective."""
 
 import math
 import time
@@ -11,12 +11,12 @@ from torch import Generator, Tensor, nn
 
 from eval.toy.mixture import Mixture
 from meanflow.errors import NumericsError
-from meanflow.objectives.meanflow import LossConfig, interpolate, meanflow_loss
 from meanflow.logs import progress_bar
+from meanflow.objectives import Objective
+from meanflow.objectives.base import interpolate
 from meanflow.random import derive_seed, generator
-from meanflow.times import TimesConfig, sample_times
 from meanflow.training.config import EmaConfig
-from meanflow.training.ema import Ema
+from meanflow.training.state import Ema
 
 VELOCITIES = ("marginal", "conditional")
 CHECK_EVERY = 100  # steps between looks at whether the loss is finite
@@ -63,7 +63,7 @@ class PlaneTrainConfig:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    points: int  # (z, t, r) of each error
+    points: int  # (z, r, t) of each error
     samples: int  # of each distance
     steps: tuple[int, ...]  # NFE, rising
 
@@ -97,8 +97,7 @@ class Toy2dConfig:
     mixture: tuple[tuple[float, float, float], ...]
     network: PlaneNetworkConfig
     velocity: str  # of target and tangent: marginal, the closed form, or conditional, ε − x
-    times: TimesConfig
-    loss: LossConfig
+    objective: Objective
     train: PlaneTrainConfig
     measure: MeasureConfig
     draw: DrawConfig
@@ -111,7 +110,7 @@ class Toy2dConfig:
 
 
 class PlaneNetwork(nn.Module):
-    """u(z, t, r): z (B, 2), t and r (B,) → (B, 2). Times enter as t and t − r, the paper's choice (Table 1c)."""
+    """u(z, r, t): z (B, 2), r and t (B,) → (B, 2). Times enter as t and t − r, the paper's choice (Table 1c)."""
 
     def __init__(self, config: PlaneNetworkConfig):
         super().__init__()
@@ -120,7 +119,7 @@ class PlaneNetwork(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.out = nn.Linear(config.width, 2)
 
-    def forward(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         times = torch.cat([t.unsqueeze(1), (t - r).unsqueeze(1)], 1)  # (B, 2)
         angles = (times.unsqueeze(2) * self.frequencies).flatten(1)  # (B, 2·octaves)
         h = torch.cat([z, torch.sin(angles), torch.cos(angles)], 1)
@@ -130,7 +129,7 @@ class PlaneNetwork(nn.Module):
 
 
 class Training:
-    """Algorithm 1 on the mixture, a step at a time, by `meanflow.objectives.meanflow`."""
+    """Algorithm 1 on the mixture, a step at a time, by the kit's own objective."""
 
     def __init__(self, config: Toy2dConfig, mixture: Mixture):
         self.config, self.mixture = config, mixture
@@ -149,9 +148,9 @@ class Training:
         config = self.config
         x = self.mixture.sample(config.train.batch, self.generator)
         eps = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-        t, r = sample_times(len(x), config.times, self.generator)
+        r, t = config.objective.sample_times(len(x), self.generator)
         v = eps - x if config.velocity == "conditional" else self.mixture.velocity(interpolate(x, eps, t), t)
-        loss = meanflow_loss(self.network, x.float(), eps.float(), t, r, config.loss, v.float()).mean
+        loss = config.objective.loss(self.network, x.float(), eps.float(), r, t, v=v.float()).mean
         for group in self.optimizer.param_groups:
             group["lr"] = config.train.rate(step)
         self.optimizer.zero_grad()

@@ -31,10 +31,10 @@ class LatentsConfig:
     latents: str  # folder of the shards and their manifest
     vae: str  # a name on the Hugging Face hub, a folder in diffusers' layout, or "space-to-depth" (no weights)
     image_size: int  # pixels a side of the images that are encoded
-    source: str = "folder"  # class folders of images at `images`; or "digits" (scikit-learn's 8×8 handwritten digits)
-    images: str | None = None  # folder, zip or tar of class folders to prepare from; null: the latents are there already
+    source: str = "folder"  # class folders of images at `images`; or "digits": scikit-learn's 8×8
+    images: str | None = None  # folder, zip or tar of class folders to prepare from; null: all prepared
     split: str = "train"  # "train" or "test"
-    flip: bool = False  # take the mirror image's latent with probability ½ (the official release's use_flip never does)
+    flip: bool = False  # the mirror image's latent with probability ½; the official release takes none
     decode_precision: str = "fp32"  # "fp32" or "bf16", of the VAE's decoder at sampling
     decode_batch: int = 32  # images decoded at once
 

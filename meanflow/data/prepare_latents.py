@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -41,12 +41,10 @@ from meanflow.data.shards import (
     write_manifest,
 )
 from meanflow.errors import AssetError, ConfigError, run_main, write_errors_named
-from meanflow.logs import progress_bar
+from meanflow.logs import log, progress_bar
 
 SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
 BATCH = 32
-
-Say = Callable[[str], Any]
 
 
 def prepare(
@@ -56,7 +54,6 @@ def prepare(
     device: torch.device | str,
     skip_broken: bool = False,
     batch: int = BATCH,
-    say: Say = lambda line: None,
     shard_images: int = SHARD_IMAGES,
     shape: tuple[int, int, int] | None = None,
     classes: int | None = None,
@@ -72,7 +69,6 @@ def prepare(
         device: where the VAE encodes.
         skip_broken: leave out images that cannot be read (they are listed in the manifest) instead of stopping.
         batch: images encoded at once.
-        say: told what is done, in single lines.
         shard_images: files a shard stands for, in a new preparation.
         shape, classes: of the latents and labels that a network takes; None: any.
 
@@ -99,13 +95,13 @@ def prepare(
         if todo:  # a manifest that is there lists a shard that has to be made again
             with write_errors_named(folder / MANIFEST):
                 (folder / MANIFEST).unlink(missing_ok=True)
-        _warn_of_space(folder, plan, world, todo, say)
+        _warn_of_space(folder, plan, world, todo)
         _encode(folder, plan, listing, codec, todo, rank, skip_broken, batch)
         manifest = write_manifest(folder, plan, rank)
     if manifest:
-        say(_summary(folder, manifest))
+        log.info(_summary(folder, manifest))
     else:
-        say(f"{folder}: this process's shards are done; the last of the others completes the latents")
+        log.info(f"{folder}: this process's shards are done; the last of the others completes the latents")
     return True
 
 
@@ -190,11 +186,11 @@ def _settle(folder: Path, wanted: Plan, rank: int) -> Plan:
     return begun
 
 
-def _warn_of_space(folder: Path, plan: Plan, world: int, todo: list[int], say: Say) -> None:
+def _warn_of_space(folder: Path, plan: Plan, world: int, todo: list[int]) -> None:
     needed = sum(len(plan.numbers(index)) for index in todo) * plan.record_bytes * world
     free = shutil.disk_usage(folder).free
     if needed > free:
-        say(f"warning: {folder}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        log.warning(f"{folder}: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
 
 def _encode(
@@ -267,25 +263,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to encode (CUDA where there is one)")
     parser.add_argument("--verify", metavar="DIR", help="compare the checksums of finished latents and stop")
     args = parser.parse_args(argv)
-    say: Say = print
     if args.verify:
         latents = verify(Path(args.verify).expanduser())
-        say(f"{args.verify}: {len(latents):,} latents, intact")
+        log.info(f"{args.verify}: {len(latents):,} latents, intact")
         return 0
     if not args.images or not args.out or min(args.batch, args.shard) < 1:
         parser.error("--images and --out are needed, with --batch and --shard at least 1, or --verify alone")
     try:
         config = LatentsConfig(
-            kind="latents",
-            source="folder",
-            images=args.images,
-            latents=args.out,
-            split=args.split,
-            vae=args.vae,
-            image_size=args.size,
-            flip=False,  # this and what follows are for training and sampling
-            decode_precision="fp32",
-            decode_batch=1,
+            kind="latents", latents=args.out, vae=args.vae, image_size=args.size, images=args.images, split=args.split
         )
     except ValueError as error:
         parser.error(str(error))
@@ -293,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     world = int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if not prepare(config, rank, world, device, args.skip_broken, args.batch, say, args.shard):
-        say(f"{args.out}: all latents are there already; --verify compares their checksums")
+    if not prepare(config, rank, world, device, args.skip_broken, args.batch, args.shard):
+        log.info(f"{args.out}: all latents are there already; --verify compares their checksums")
     return 0
 
 

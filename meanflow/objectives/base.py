@@ -35,10 +35,13 @@ class Objective(ABC):
 
     `needs_jvp`: whether `loss` calls `jvp`. `teacher_decay`: the EMA decay of the averaged network that `loss` is
     given as `teacher`, or None; it must be among the recipe's ema.decays. `titles` explains logged values in curves.
+    `plain(u, x, eps, r, t, **cond)` → (B,), where there is one, is the objective written without any saving of time or
+    memory, as its paper has it: the specification that tests and benchmarks compare `loss` with.
     """
 
     needs_jvp: ClassVar[bool] = False
     titles: ClassVar[dict[str, str]] = {}
+    plain: ClassVar[Callable | None] = None
 
     @classmethod
     def kinds(cls) -> dict[str, type["Objective"]]:

@@ -5,11 +5,12 @@ right-hand side, where du/dt = v ∂_z u + ∂_t u is a Jacobian-vector product 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow.jvp import Network, take_jvp, value_and_jvp
 from meanflow.objectives.base import Loss, Objective, adaptive_weight, by_rows, interpolate, per_row, squared_norm
@@ -24,7 +25,7 @@ class MeanFlow(Objective):
     """Settings of the objective, by default those of Table 1. Raises ValueError, naming the field."""
 
     kind: Literal["meanflow"] = "meanflow"
-    times: Times = Times()  # how (r, t) are drawn
+    times: Times = field(default_factory=Times)  # how (r, t) are drawn
     p: float = 1.0  # power of the adaptive weight, Eq. (22), ≥ 0: 0 is squared L2, 0.5 near Pseudo-Huber
     c: float = 1e-2  # its constant, > 0: 1e-3 for CIFAR-10, 1e-2 for ImageNet (official releases)
     tangent: str = "(v, 0, 1)"  # (dz, dr, dt) of the derivative, Table 1b
@@ -75,11 +76,24 @@ class MeanFlow(Objective):
         error = squared_norm(u_out - u_tgt)  # Eq. (9), (B,)
         return Loss(adaptive_weight(error, self.p, self.c) * error, by_rows(error, r, t))
 
+    def plain(self, u: Network, x: Tensor, eps: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
+        """The specification: Algorithm 1 as printed, one `torch.func.jvp` of the whole batch. Returns (B,)."""
+        r, t = r.to(x), t.to(x)
+        time = t.view(-1, *[1] * (x.ndim - 1))
+        z = (1 - time) * x + time * eps
+        v = eps - x
+        dr, dt = (torch.full_like(t, speed) for speed in TANGENTS[self.tangent])
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
+            u_out, dudt = torch.func.jvp(lambda z, r, t: u(z, r, t, **cond), (z, r, t), (v, dr, dt))
+        u_tgt = (v - (t - r).view_as(time) * dudt).detach()
+        error = ((u_out - u_tgt) ** 2).flatten(1).sum(1)
+        return error / (error.detach() + self.c) ** self.p
+
 
 def meanflow_loss(
     u: Network,
     x: Tensor,
-    objective: Objective = MeanFlow(),  # noqa: B008 - frozen
+    objective: Objective = MeanFlow(),
     *,
     generator: Generator | None = None,
     method: str = "dual",
@@ -94,20 +108,3 @@ def meanflow_loss(
     r, t = objective.sample_times(len(x), generator)
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     return objective.loss(u, x, eps, r, t, jvp=take_jvp(method), **cond).mean
-
-
-def plain_loss(
-    u: Network, x: Tensor, eps: Tensor, r: Tensor, t: Tensor, p: float, c: float, tangent=(0.0, 1.0), **cond
-) -> Tensor:
-    """Algorithm 1 as the paper prints it, one `torch.func.jvp` of the whole batch: the specification. Returns (B,).
-
-    Slower and larger than `MeanFlow.loss`, which must equal it; tests and benchmarks compare the two.
-    """
-    time = t.view(-1, *[1] * (x.ndim - 1))
-    z = (1 - time) * x + time * eps
-    v = eps - x
-    dr, dt = (torch.full_like(t, speed) for speed in tangent)
-    u_out, dudt = torch.func.jvp(lambda z, r, t: u(z, r, t, **cond), (z, r, t), (v, dr, dt))
-    u_tgt = (v - (t - r).view_as(time) * dudt).detach()
-    error = ((u_out - u_tgt) ** 2).flatten(1).sum(1)
-    return error / (error.detach() + c) ** p

@@ -130,7 +130,9 @@ class TrainConfig:
     compile: str | None = None  # mode of torch.compile for u and du/dt together, minutes at the start; null: eager
     deterministic: bool = False  # bit-equal runs on one machine, slower on GPUs
     check_every: int = 500  # steps between checks that weights and EMAs are finite and the same on every process
-    spike_guard: float | None = None  # leave out updates whose gradient norm is above so many times its mean; null: never
+    spike_guard: float | None = (
+        None  # leave out updates whose gradient norm is above so many times its mean; null: never
+    )
 
     def __post_init__(self):
         if self.batch < 1 or self.steps < 1:
@@ -338,7 +340,7 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
         "Repeat its --set, give another --out, or go on under the new settings with "
         + " ".join(f"--set {key}={_shown(b)}" for key, (_, b) in refused.items())
         if on_request and "ema.decays" not in refused
-        else f"Repeat its --set, or give another --out; a new run may start from its weights with --set init.from={where}"
+        else f"Repeat its --set, or give another --out; a new run may begin with its weights: --set init.from={where}"
     )
     raise ConfigError(f"{where} holds a run with other settings: {listed}. {ways}")
 

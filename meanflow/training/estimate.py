@@ -7,15 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data import augment
 from meanflow.guidance import drop_labels
-from meanflow.objectives.meanflow import interval_first
+from meanflow.jvp import rows_first
 from meanflow.random import generator
-from meanflow.times import sample_times
 from meanflow.training.batches import MicroBatch, split_batch
 from meanflow.training.config import RunConfig
-from meanflow.training.processes import GradientSum, DistributedContext
 from meanflow.training.metrics import StepSums
-from meanflow.training.network import build_network, count_parameters
-from meanflow.training.state import fresh_state
+from meanflow.training.processes import DistributedContext, GradientSum
+from meanflow.training.state import build_network, count_parameters, fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
 PROBE_SAMPLES = 8  # enough for a rate on a CPU, where a whole batch can take minutes
@@ -34,7 +32,7 @@ def estimate(config: RunConfig, ctx: DistributedContext) -> str:
     local = split_batch(config, ctx.world)
     micro = min(config.train.microbatch or local, local)
     probe = min(PROBE_SAMPLES if ctx.device.type == "cpu" else micro, micro)
-    loss = make_loss(state.network, config, ctx.device)
+    loss = make_loss(state.network, config, ctx.device, state.ema)
     gradients = GradientSum(state.network, ctx)
     batch = random_batch(config, probe, ctx.device)
 
@@ -42,7 +40,7 @@ def estimate(config: RunConfig, ctx: DistributedContext) -> str:
     seconds = []
     for step in range(2):  # the first one warms up
         start = time.perf_counter()
-        accumulate(loss, [batch], 1, probe, gradients, StepSums(ctx.device, False))
+        accumulate(loss, [batch], 1, probe, gradients, StepSums())
         norm = update(state.optimizer, gradients.parameters, config.optim, step, state.guard)
         norm.item()  # wait for the device
         seconds.append(time.perf_counter() - start)
@@ -88,8 +86,9 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
     x, eps = (
         torch.randn(shape, generator=random).to(device).contiguous(memory_format=torch.channels_last) for _ in range(2)
     )
-    t, r = sample_times(size, config.times, random)
-    order = interval_first(t, r)[0]
+    r, t = config.objective.sample_times(size, random)
+    order, _ = rows_first(r != t)
+    order = torch.arange(size) if order is None else order
     cond = {}
     if config.augment_labels:
         data = config.data
@@ -97,10 +96,10 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
         cond["augment_labels"] = draw.labels.to(device)
     if model.classes:
         cond["class_labels"] = torch.randint(model.classes, (size,), generator=random).to(device)
-    t, r, dropped = t[order], r[order], None
+    r, t, unconditional = r[order], t[order], None
     if config.guidance is not None:
-        dropped = drop_labels(t, r, config.guidance, random)
-    return MicroBatch(x, eps, t, r, cond, dropped)
+        unconditional = drop_labels(r, t, config.guidance, random)
+    return MicroBatch(x, eps, r, t, cond, unconditional, progress=0.0)
 
 
 def _count_saved(call) -> int:

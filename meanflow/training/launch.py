@@ -74,4 +74,3 @@ def _explain(codes: dict[int, int], logs: Path) -> int:
         for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):  # none of process 0, whose words were shown
             print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
     return codes[culprits[0]] if culprits else codes.get(0, next(iter(codes.values())))
-

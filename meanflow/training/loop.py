@@ -31,11 +31,16 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
     if every and state.step and state.step % every == 0:  # stopped before this step's evaluation: it is made now
         evaluate_now(training, evaluate)
 
-    with StopRequest() as stop, progress_bar(total=total, initial=state.step, unit="step", disable=not ctx.is_main) as bar:
+    with (
+        StopRequest() as stop,
+        progress_bar(total=total, initial=state.step, unit="step", disable=not ctx.is_main) as bar,
+    ):
         stopping = False
         while state.step < total and not stopping:
             sums = StepSums()
-            accumulate(t.loss, t.stream.micro_batches(state.step), t.stream.micro_steps, config.train.batch, t.gradients, sums)
+            accumulate(
+                t.loss, t.stream.micro_batches(state.step), t.stream.micro_steps, config.train.batch, t.gradients, sums
+            )
             norm = update(state.optimizer, t.gradients.parameters, config.optim, state.step, state.guard)
             lr = learning_rate(config.optim, state.step)
             state.step += 1

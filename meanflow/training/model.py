@@ -65,7 +65,7 @@ class Model:
         return torch.cat(parts) if parts else torch.empty(0, *self.config.image_shape)
 
     def class_labels(self, n: int, classes: int | list[int] | Tensor | None = None) -> Tensor | None:
-        """(n,) int64, None if unconditional. Raises UserError for a class that is not there, or another number of them."""
+        """(n,) int64, None if unconditional. Raises UserError for classes that are not there, or too many or few."""
         known = self.config.model.classes
         if not known:
             if classes is not None:
@@ -77,7 +77,7 @@ class Model:
         labels = labels.expand(n) if labels.ndim == 0 else labels
         if labels.shape != (n,) or labels.is_floating_point():
             raise UserError(f"classes must be one whole number or {n} of them")
-        if n and not (0 <= int(labels.min()) and int(labels.max()) < known):
+        if n and not (int(labels.min()) >= 0 and int(labels.max()) < known):
             raise UserError(f"{self.path}: classes must be in 0 … {known - 1}")
         return labels.long()
 

@@ -109,8 +109,6 @@ def _are_changes(changed: Any) -> bool:
     return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
 
 
-
-
 def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 

@@ -18,7 +18,8 @@ from meanflow.errors import ConfigError
 
 MAX_BYTES = 2**20  # of a recipe; parsing takes about a second for each 100 kB
 MAX_WHOLE = 2**63
-SYNONYMS = {  # what other projects call it: what it is here
+SYNONYMS = {  # what other projects, or earlier versions, call it: what it is here
+    **{"times": "objective.times", "loss": "objective (and train.jvp)", "share": "objective.times.stratified"},
     **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
     **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_steps"), "optim.warmup_steps"),
     **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip"), "optim.clip"),

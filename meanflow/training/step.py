@@ -91,9 +91,7 @@ def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig
     z, v = interpolate(batch.x, batch.eps, batch.t), batch.eps - batch.x
     batched, null_class = z.device.type != "cpu", config.model.classes
     network.eval()
-    guided = guided_velocity(
-        u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond
-    )
+    guided = guided_velocity(u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond)
     network.train()
     return guided
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from meanflow.training.ema import Ema
+from meanflow.training.guard import Guard
 from mutations import mutated, refused, written
 from running import tiny_config
 
-from meanflow.training.model import open_checkpoint
 from meanflow.errors import AssetError
 from meanflow.training.checkpoint import PARTS, load_checkpoint, load_newest, save_checkpoint
 from meanflow.training.config import config_from_tree
-from meanflow.training.ema import Ema
-from meanflow.training.guard import Guard
+from meanflow.training.model import open_checkpoint
 from meanflow.training.state import TrainState, make_optimizer, restore, to_checkpoint
 
 CONFIG = tiny_config(train__spike_guard=2.0)

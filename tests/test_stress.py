@@ -1,7 +1,7 @@
-"""The promises of docs/reliability.md, with little to do each; `bash run.sh torture` does much."""
+"""The promises of docs/reliability.md, with little to do each; `bash run.sh stress` does much."""
 
 import pytest
-from torture import haul, kills, nodes, ranks, storage
+from stress import haul, kills, nodes, ranks, storage
 
 SHORT = {
     "kills": lambda folder: kills.anywhere(folder, kills=4, steps_each=8),

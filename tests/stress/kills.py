@@ -10,7 +10,7 @@ from pathlib import Path
 
 from running import guided_latent_changes, last_step, start, steps_of, write_recipe
 
-from torture.compare import assert_equal_jobs, sha256_of
+from stress.compare import assert_equal_jobs, sha256_of
 
 WRITES = os.O_WRONLY | os.O_RDWR
 RICH = {

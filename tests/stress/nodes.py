@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from eval import launch
 from eval import run as job
 from meanflow.errors import run_main
-from torture.compare import curve_difference
+from stress.compare import curve_difference
 
 # As docs/reliability.md says: with the agent's store, restarted processes find the addresses of those that were killed.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -43,7 +43,7 @@ class Torchrun:
 
     def __init__(self, nodes: int, each: int, port: int, recipe: Path, run: Path, log: Path):
         how = [f"--nnodes={nodes}", f"--nproc-per-node={each}", "--max-restarts=3"]
-        how += ["--rdzv-id=torture", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+        how += ["--rdzv-id=stress", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
         how += ["-m", "run", str(recipe), "--out", str(run)]
         command = [sys.executable, "-m", "torch.distributed.run", *how]
         environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(run.parent / "cache")}
@@ -84,7 +84,7 @@ def _agent(nodes: int, each: int, port: int, recipe: Path, run: Path, log: Path)
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=each,
-        run_id="torture",
+        run_id="stress",
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
         max_restarts=3,

@@ -14,13 +14,13 @@ from meanflow.data import load_dataset
 from meanflow.errors import NumericsError
 from meanflow.training import loop
 from meanflow.training.batches import BatchStream
-from meanflow.training.processes import GradientSum, DistributedContext, start_distributed, stop_distributed
 from meanflow.training.loop import train
 from meanflow.training.metrics import StepSums
+from meanflow.training.processes import DistributedContext, GradientSum, start_distributed, stop_distributed
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, make_loss
-from torture.compare import assert_equal_runs, curve_difference, largest_difference, newest
+from stress.compare import assert_equal_runs, curve_difference, largest_difference, newest
 
 LABELLED = {
     "model__channels": 3,

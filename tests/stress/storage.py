@@ -10,10 +10,10 @@ import torch
 from running import tiny_config
 
 from meanflow.training.checkpoint import list_checkpoints
-from meanflow.training.processes import DistributedContext
 from meanflow.training.loop import train
+from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
-from torture.compare import assert_equal_runs
+from stress.compare import assert_equal_runs
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 

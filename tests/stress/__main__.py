@@ -1,4 +1,4 @@
-"""`bash run.sh torture [NAME …]`: every promise, long; a table at the end, also as report.md and report.json."""
+"""`bash run.sh stress [NAME …]`: every promise, long; a table at the end, also as report.md and report.json."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from torture import fuzzing, haul, kills, nodes, ranks, storage
+from stress import fuzzing, haul, kills, nodes, ranks, storage
 
 # name: (promise, function of a folder, number in docs/reliability.md)
 PROMISES = {
@@ -35,9 +35,9 @@ TOGETHER = ("haul", "fuzz")  # the longest ones, each on one core, run at the sa
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bash run.sh torture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bash run.sh stress", description=__doc__)
     parser.add_argument("name", nargs="*", choices=[[], *PROMISES], help=f"only these: {', '.join(PROMISES)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="folder (runs/torture)")
+    parser.add_argument("--out", type=Path, default=Path("runs/stress"), help="folder (runs/stress)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     work = args.out.resolve() / "work"
