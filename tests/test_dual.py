@@ -1,10 +1,12 @@
 """Each tangent rule against torch.func.jvp and finite differences in float64, and what must not happen silently."""
 
 import operator
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from running import ROOT
 from torch import nn
 
 from meanflow.dual import RULES, Dual, NoTangentRule, shapes, value_of
@@ -428,3 +430,24 @@ def test_an_operation_of_another_library_is_known_by_its_own_name(monkeypatch):
                 operation(x)
         monkeypatch.setitem(RULES, "meanflow_test.silu", Rule(linear(silu), any_operand=False))
         assert torch.equal(silu(x).tangent, 3 * x.tangent)
+
+
+# --- docs/own-network.md -----------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs" / "own-network.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_lists_what_has_a_rule():
+    section = GUIDE.partition("## What has a rule")[2].partition("\n##")[0]
+    listed = [name for line in re.findall(r"^    (.*)$", section, re.M) for name in line[14:].split()]
+    assert sorted(listed) == sorted(RULES)
+
+
+def test_the_guides_rule_works(monkeypatch):
+    monkeypatch.setattr("meanflow.dual.number.RULES", dict(RULES))  # forgotten afterwards
+    with pytest.raises(NoTangentRule, match="atan"):
+        torch.atan(Dual(g(B, 4), g(N, 4)))
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", GUIDE, re.S):
+        exec(code, scope)
+    assert len(scope["expected"]) == N
