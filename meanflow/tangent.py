@@ -32,6 +32,8 @@ def _by_dual(u, z, t, r, tangents, rows, cond):
         return Dual(x, torch.full_like(x[:rows], speed)) if speed else x
 
     out = u(Dual(z, dz), along(t, dt), along(r, dr), **cond)
+    if not isinstance(out, Dual):  # it depends on none of them
+        return out, torch.zeros_like(dz)
     return out.value, out.tangent
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from meanflow.dual import RULES, Dual, NoTangentRule, shapes, value_of
 from meanflow.dual.number import Rule, linear
 from meanflow.errors import UserError
+from meanflow.tangent import value_and_tangent
 
 B, N = 5, 3  # batch, and the rows that have a tangent
 
@@ -284,6 +285,12 @@ def test_parameters_get_the_gradient_of_the_value_alone():
     out = layer(Dual(g(B, 4), g(N, 4, seed=1)))
     out.value.sum().backward()
     assert torch.allclose(layer.weight.grad, g(B, 4).sum(0).expand(4, 4))
+
+
+def test_a_network_that_ignores_its_input_has_derivative_zero():
+    z, t, dz = g(B, 4), g(B), g(N, 4)
+    value, tangent = value_and_tangent(lambda z, t, r: torch.ones_like(z), z, t, t, (dz, 1.0, 0.0), N, "dual", {})
+    assert torch.equal(value, torch.ones_like(z)) and torch.equal(tangent, torch.zeros_like(dz))
 
 
 class TracedCases(nn.Module):
