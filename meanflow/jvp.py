@@ -82,6 +82,8 @@ def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
         return Dual(x, torch.full_like(x[: len(dz)], speed)) if speed else x
 
     out = u(Dual(z, dz), along(r, dr), along(t, dt), **cond)
+    if not isinstance(out, Dual):  # a function of none of them
+        return out, torch.zeros_like(dz)
     return out.value, out.tangent
 
 
