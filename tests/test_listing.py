@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meanflow.data.listing import centre_crop
+from meanflow.data.images import centre_crop
 
 
 def resampled(pixels: np.ndarray, length: int, kernel, support: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from meanflow.data import open_latents
 from meanflow.data.codec import SpaceToDepth, open_codec
-from meanflow.data.listing import centre_crop
+from meanflow.data.images import centre_crop
 from meanflow.data.prepare_latents import _hold
 from meanflow.errors import AssetError, ConfigError, NumericsError
 
