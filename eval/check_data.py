@@ -19,25 +19,26 @@ def main(argv: list[str] | None = None) -> int:
     from meanflow.data.check import check_images
 
     report = check_images(args.path, args.split, args.size, args.channels)
+    code = EXIT_ASSET if report.groups else 0
     if args.list:
-        names = [name for group in report.groups if group.kind == args.list for name in group.names]
+        names = [name for group in report.groups if group.kind == args.list for name in group.faults]
         sys.stdout.buffer.write(b"".join(os.fsencode(name) + b"\n" for name in names))
-        return EXIT_ASSET if report.groups else 0
+        return code
     print(f"{args.path}: {report.images:,} images in {len(report.classes):,} classes")
     repairs = []
     for group in report.groups:
         print(f"\n{group.title}")
-        for name, detail in list(zip(group.names, group.details, strict=True))[:SHOWN]:
-            print(f"    {printable(name)} {printable(detail)}".rstrip())
-        if len(group.names) > SHOWN:
-            print(f"    … and {len(group.names) - SHOWN:,} more (--list {group.kind})")
-        print("  " + ("as above" if group.repair in repairs else group.repair))
+        for name, fault in list(group.faults.items())[:SHOWN]:
+            print(f"    {printable(f'{name} {fault}'.strip())}")
+        if len(group.faults) > SHOWN:
+            print(f"    … and {len(group.faults) - SHOWN:,} more (--list {group.kind})")
+        print("  as above" if group.repair in repairs else f"  {printable(group.repair)}")
         repairs.append(group.repair)
     for note in report.notes:
-        print(f"\nnote: {note}")
-    once = " once repaired" if report.groups else ""
-    print(f"\ntrain on them{once} with: --set data.path={shlex.quote(args.path)} {report.settings}")
-    return EXIT_ASSET if report.groups else 0
+        print(f"\nnote: {printable(note)}")
+    once = " once that is repaired" if report.groups else ""
+    print(f"\nto train on them{once}: --set data.path={shlex.quote(args.path)} {report.settings}")
+    return code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

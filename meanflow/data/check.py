@@ -3,13 +3,15 @@
 import os
 import shlex
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 from meanflow.data.archives import Parts, Source, open_source
 from meanflow.data.images import (
     MODES,
+    SHOW_PROGRESS_ABOVE,
     SUFFIXES,
     Facts,
     Layout,
@@ -31,22 +33,21 @@ DEFAULT_SIZE = 64  # pixels a side to bring images to, where none of them is squ
 
 @dataclass(frozen=True)
 class Group:
-    """Files or folders with one fault. `names` are paths inside the source, `details` what is wrong with each."""
+    """Files or folders with one kind of fault."""
 
     kind: str  # unreadable, size, mode, depth, loose or empty
     title: str
-    names: list[str]
-    details: list[str]
-    repair: str = ""  # how, for the user
+    faults: dict[str, str]  # path inside the source → what is wrong with it, or ""
+    repair: str  # what to do, with a shell command
 
 
 @dataclass(frozen=True)
 class Report:
     """What a split of a source holds, and what is wrong with it."""
 
-    images: int  # without those that lie beside class folders
+    images: int  # without those beside class folders
     classes: tuple[str, ...]
-    size: int  # pixels a side that the images have or should be brought to
+    size: int  # pixels a side that the images have, or should be brought to
     channels: int
     groups: list[Group]
     notes: list[str]
@@ -74,21 +75,51 @@ def check_images(path: str, split: str = "train", size: int | None = None, chann
     with open_source(path, "") as source:
         layout = survey(source, split)
         facts, unreadable = _read(source, layout)
-    size = size or _most_common([f.width for f in facts.values() if f.width == f.height], DEFAULT_SIZE)
-    grey = sum(f.mode in ("L", "LA", "1") or f.mode[0] in "IF" for f in facts.values())
-    channels = channels or (1 if grey > len(facts) / 2 else 3)
+        ignored = [parts for parts in source.files if not parts[-1].lower().endswith(SUFFIXES)]
+    if size is None:
+        size = _most_common((f.width for f in facts.values() if f.width == f.height), DEFAULT_SIZE)
+    if channels is None:
+        channels = 1 if _most_common((f.mode in ("L", "LA", "1") or f.mode[0] == "I" for f in facts.values()), 0) else 3
     faults = {parts: problems(f, size, MODES[channels]) for parts, f in facts.items()}
-    groups = [
-        _group("unreadable", "not images, or broken", unreadable),
-        _group("size", f"not {size}x{size} (found {_counted(facts)})", _with("size", faults)),
-        _group("mode", f"not {'grey' if channels == 1 else 'RGB'}", _with("mode", faults)),
-        _group("depth", "of 16 bits a channel", _with("depth", faults)),
-        _group("loose", "images beside class folders", dict.fromkeys(layout.loose, "")),
-        _group("empty", "class folders without images", dict.fromkeys(layout.empty, "")),
-    ]
+    sizes = _counted(f"{f.width}x{f.height}" for f in facts.values())
+
     command = f"bash run.sh check_data {shlex.quote(path)}{'' if split == 'train' else f' --split {split}'}"
-    groups = [replace(g, repair=_repair(g, command, path, size, channels)) for g in groups if g.names]
-    return Report(len(layout.images), layout.classes, size, channels, groups, _notes(source, size))
+    folder = os.path.expanduser(path)
+    packed = not os.path.isdir(folder)
+    suffixes = {Path(parts[-1]).suffix for parts, found in faults.items() if found}
+    where = "unpack it, and there run" if packed else "in a copy of the folder run"
+    convert = f"{where}: {repair_command(suffixes, size, MODES[channels])}"
+
+    def remove(kind: str, rm: str = "rm") -> str:
+        at = "UNPACKED" if packed else shlex.quote(folder)
+        return f"remove them: {command} --list {kind} | (cd {at} && xargs -d '\\n' {rm} --)"
+
+    groups = [
+        _group("unreadable", "cannot be read", unreadable, f"replace them, or {remove('unreadable')}"),
+        _group("size", f"not {size}x{size} (found {sizes})", _having("size", faults), convert),
+        _group("mode", "not grey" if channels == 1 else "not RGB", _having("mode", faults), convert),
+        _group("depth", "with 16 bits a channel", _having("depth", faults), convert),
+        _group(
+            "loose",
+            "beside class folders",
+            dict.fromkeys(layout.loose, ""),
+            f"move each into its class folder, or {remove('loose')}",
+        ),
+        _group(
+            "empty",
+            "without images",
+            dict.fromkeys(layout.empty, ""),
+            f"fill them, or {remove('empty', 'rm -r')}",
+        ),
+    ]
+    notes = []
+    if ignored:
+        kinds = _counted(Path(parts[-1]).suffix.lower() or "no suffix" for parts in ignored)
+        notes.append(f"other files, which are ignored: {kinds}")
+    if size % 4:
+        notes.append(f"the recipes' U-nets need a size that 4 divides: check again with --size {max(4, size // 4 * 4)}")
+    groups = [group for group in groups if group.faults]
+    return Report(len(layout.images), layout.classes, size, channels, groups, notes)
 
 
 def _read(source: Source, layout: Layout) -> tuple[dict[Parts, Facts], dict[Parts, str]]:
@@ -96,7 +127,8 @@ def _read(source: Source, layout: Layout) -> tuple[dict[Parts, Facts], dict[Part
     facts, unreadable = {}, {}
     listed = {*layout.images, *layout.loose}
     files = [parts for parts in source.files if parts in listed]
-    with decoders() as pool, progress_bar(total=len(files), desc="reading images", unit="img") as bar:
+    quick = len(files) <= SHOW_PROGRESS_ABOVE
+    with decoders() as pool, progress_bar(total=len(files), desc="reading images", unit="img", disable=quick) as bar:
         for parts, future in decode_ahead(pool, source, files, _inspect):
             error = future.exception()
             if error is None:
@@ -116,49 +148,23 @@ def _inspect(name: str, data: Path | BytesIO) -> Facts:
     return facts
 
 
-def _most_common(values: list[int], default: int) -> int:
+def _most_common(values: Iterable[int], default: int) -> int:
     """Of equally common ones the smallest."""
     return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(default, 0))[0]
 
 
-def _with(kind: str, faults: dict[Parts, dict[str, str]]) -> dict[Parts, str]:
+def _having(kind: str, faults: dict[Parts, dict[str, str]]) -> dict[Parts, str]:
     return {parts: found[kind] for parts, found in faults.items() if kind in found}
 
 
-def _group(kind: str, what: str, faults: dict[Parts, str]) -> Group:
-    ordered = sorted(faults)
-    return Group(kind, f"{len(faults):,} {what}", ["/".join(p) for p in ordered], [faults[p] for p in ordered])
+def _group(kind: str, what: str, faults: dict[Parts, str], repair: str) -> Group:
+    noun = ("class folder" if kind == "empty" else "image") + "s" * (len(faults) > 1)
+    named = {"/".join(parts): faults[parts] for parts in sorted(faults)}
+    return Group(kind, f"{len(faults):,} {noun} {what}", named, repair)
 
 
-def _counted(facts: dict[Parts, Facts]) -> str:
-    sizes = Counter(f"{f.width}x{f.height}" for f in facts.values()).most_common()
-    more = f", {len(sizes) - 4} other sizes" if len(sizes) > 4 else ""
-    return ", ".join(f"{size}: {count:,}" for size, count in sizes[:4]) + more
-
-
-def _repair(group: Group, command: str, path: str, size: int, channels: int) -> str:
-    packed = not os.path.isdir(os.path.expanduser(path))
-    if group.kind in ("size", "mode", "depth"):
-        where = "in the unpacked folder" if packed else "in a copy of the folder"
-        return f"{where}: {repair_command({Path(name).suffix for name in group.names}, size, MODES[channels])}"
-    folder = "UNPACKED" if packed else shlex.quote(os.path.expanduser(path))
-    remove = (
-        f"{command} --list {group.kind} | (cd {folder} && xargs -d '\\n' rm{' -r' if group.kind == 'empty' else ''})"
-    )
-    first = {"unreadable": "replace them", "loose": "move each into its class folder", "empty": "fill them"}[group.kind]
-    return f"{first}, or remove them: {remove}"
-
-
-def _notes(source: Source, size: int) -> list[str]:
-    notes = []
-    others = Counter(Path(parts[-1]).suffix.lower() or "no suffix" for parts in source.files if not _is_image(parts))
-    if others:
-        listed = ", ".join(f"{suffix}: {count:,}" for suffix, count in others.most_common(5))
-        notes.append(f"{sum(others.values()):,} other files are ignored ({listed})")
-    if size % 4:
-        notes.append(f"the recipes' U-nets need a size that 4 divides: check again with --size {max(4, size // 4 * 4)}")
-    return notes
-
-
-def _is_image(parts: Parts) -> bool:
-    return parts[-1].lower().endswith(SUFFIXES)
+def _counted(names: Iterable[str]) -> str:
+    """ "64x64: 120, 30x20: 2 and 7 others"."""
+    found = sorted(Counter(names).items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(found) - 4} others" if len(found) > 4 else ""
+    return ", ".join(f"{name}: {count:,}" for name, count in found[:4]) + more
