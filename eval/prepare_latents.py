@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from meanflow.errors import run_main
+from meanflow.errors import UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,15 +19,18 @@ def main(argv: list[str] | None = None) -> int:
     from meanflow.data.prepare_latents import prepare
     from meanflow.logs import log
 
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.verify:
-        log.info(f"{args.verify}: {len(verify(Path(os.path.expanduser(args.verify)))):,} latents, intact")
+        if rank == 0:
+            log.info(f"{args.verify}: {len(verify(Path(os.path.expanduser(args.verify)))):,} latents, intact")
         return 0
     config = LatentsConfig(
         kind="latents", latents=args.out, vae=args.vae, image_size=args.size, images=args.images, split=args.split
     )
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # set by torchrun
-    world = int(os.environ.get("WORLD_SIZE", 1))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     sizes = {"batch": args.batch, "shard_images": args.shard}
     given = {name: value for name, value in sizes.items() if value is not None}

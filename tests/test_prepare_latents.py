@@ -374,6 +374,11 @@ def test_the_command(images, whole, command, launch, tmp_path):
     [
         (("--images", "x"), 2, "--images, --out and --vae are needed"),
         (("--images", "x", "--out", "y", "--shard", 0), 2, "--shard must be at least 1"),
+        pytest.param(
+            ("--images", "x", "--out", "y", "--device", "cuda"),
+            *(2, "PyTorch sees no GPU here"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (("--verify", "nowhere"), 3, "nowhere: has no latents"),
     ],
 )
