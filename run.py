@@ -20,6 +20,7 @@ from meanflow.errors import UserError, run_main
 
 HERE = Path(__file__).resolve().parent
 RECIPES, TABLES, FIGURES = HERE / "recipes", HERE / "recipes" / "tables", HERE / "recipes" / "figures"
+PARALLEL = ("prepare_latents",)  # commands that are divided among all GPUs
 SLOW_ON_CPU = 5_000_000  # parameters from which a CPU run is a matter of weeks
 
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if (FIGURES / f"{name}.yaml").exists():
         return importlib.import_module(f"eval.{name}").main([str(FIGURES / f"{name}.yaml"), *rest])
     if name in commands():
+        if name in PARALLEL and not {"-h", "--help"} & set(rest) and (processes := launched(name)):
+            return launch(processes, argv)
         return importlib.import_module(f"eval.{name}").main(rest)
     if tables := table_files(name):
         if processes := launched(name):

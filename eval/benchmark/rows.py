@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
+from eval.benchmark.latents import write_random_latents
 from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
-from eval.latents_throughput import write_random_latents
 from meanflow.data import Dataset, Latents, LatentsConfig
 from meanflow.data.latents import verify
 from meanflow.logs import log

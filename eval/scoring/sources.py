@@ -9,9 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from eval.scoring.files import NpzFile, sha256_images
-from meanflow.data.images import MODES, load_images
-from meanflow.data.layout import arrange
-from meanflow.data.sources import open_source
+from meanflow.data.archives import open_source
+from meanflow.data.images import MODES, arrange, load_images
 from meanflow.errors import AssetError, UserError
 
 
@@ -88,7 +87,7 @@ def read_images(path: Path) -> ImagesSource:
 def _first_image(path: Path) -> tuple[int, int]:
     """(size, channels) of the first image, which all the others must share."""
     with open_source(str(path)) as source:
-        parts, _ = arrange(source, "train")[0]
+        parts = arrange(source, "train").images[0]
         name = source.name(parts)
         try:
             with Image.open(source.read(parts)) as image:
