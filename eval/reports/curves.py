@@ -29,7 +29,7 @@ NAMES = 3  # changed settings that a mark spells out
 
 @dataclass(frozen=True)
 class Panel:
-    """A value of metrics.jsonl: a title that explains it, its unit, a logarithmic axis or not (None: where it helps)."""
+    """A value of metrics.jsonl: a title that explains it, its unit, and if its axis is logarithmic (None: as helps)."""
 
     key: str
     title: str

@@ -121,7 +121,7 @@ def _range(numbers: set[int]) -> str:
 
 
 def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
-    """One panel for each kind of figure, the rows along the x axis; the paper's in a panel of its own."""
+    """One panel for each kind of figure, the rows along the x axis; the paper's in another panel."""
     ours, paper = lines[0].labels, table.config.paper
     panels = 1 + bool(lines[0].accuracy) + bool(paper)
     width = max(2.6, 0.75 * len(lines) + 1.2)
