@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from eval.benchmark import ROWS, SEPARATE
-from eval.scoring.options import count, path
+from eval.scoring.options import Parser, count, path
 from meanflow.errors import UserError, run_main
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -27,7 +27,7 @@ METHODS = ("dual", "func")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh bench", description=__doc__.partition(": ")[2])
+    parser = Parser("bench", __doc__.partition(": ")[2])
     parser.add_argument(
         "recipes", type=recipe, nargs="*", metavar="RECIPE", help=f"names or files ({' '.join(DEFAULT)})"
     )

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from eval.scoring.options import path
+from eval.scoring.options import Parser, path
 from meanflow.errors import UserError, run_main
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh plot", description=__doc__.partition(": ")[2])
+    parser = Parser("plot", __doc__.partition(": ")[2])
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--x", choices=("step", "images", "seconds"), default="step", help="horizontal axis (step)")
     parser.add_argument("--smooth", type=float, default=0.02, help="width of the running mean, of the run's (0.02)")

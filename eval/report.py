@@ -6,14 +6,14 @@ A folder is a run's, or a table's (runs/tables-SCALE/NAME). Several runs are com
 import argparse
 import shlex
 
-from eval.scoring.options import count, counts, path
+from eval.scoring.options import Parser, count, counts, path
 from meanflow.errors import run_main
 
 STEPS, COUNT = (1, 2, 8), 36
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh report", description=__doc__.partition(": ")[2])
+    parser = Parser("report", __doc__.partition(": ")[2])
     parser.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help="a run's or a table's")
     parser.add_argument("--out", type=path, help="the HTML to write (report.html in the first folder)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")

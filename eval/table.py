@@ -8,13 +8,13 @@ import argparse
 import os
 from collections.abc import Callable
 
-from eval.scoring.options import path
+from eval.scoring.options import Parser, path
 from eval.tables import SCALES
 from meanflow.errors import UserError, run_main
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh table", description=__doc__.partition(": ")[2])
+    parser = Parser("table", __doc__.partition(": ")[2])
     parser.add_argument("tables", type=path, nargs="+", metavar="FILE", help="YAMLs of recipes/tables/")
     parser.add_argument(
         "--scale", choices=SCALES, help="full: the paper's; gpu: one card; cpu: two cores, digits (the first it has)"

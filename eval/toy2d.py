@@ -8,12 +8,12 @@ import argparse
 import time
 from pathlib import Path
 
-from eval.scoring.options import path
+from eval.scoring.options import Parser, path
 from meanflow.errors import run_main, write_errors_named
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh toy2d", description=__doc__.partition(": ")[2])
+    parser = Parser("toy2d", __doc__.partition(": ")[2])
     parser.add_argument("recipe", type=path, help="recipes/figures/toy2d.yaml, which bash run.sh toy2d gives by itself")
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
