@@ -32,14 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     if (FIGURES / f"{name}.yaml").exists():
         return importlib.import_module(f"eval.{name}").main([str(FIGURES / f"{name}.yaml"), *rest])
+    if name == "table" or table_files(name):
+        table, words = importlib.import_module("eval.table"), [*map(str, table_files(name)), *rest]
+        table.parse(words)  # a mistake is known before processes start
+        if processes := launched(name):
+            return launch(processes, argv)
+        return table.main(words, job)
     if name in commands():
         if name in PARALLEL and not {"-h", "--help"} & set(rest) and (processes := launched(name)):
             return launch(processes, argv)
         return importlib.import_module(f"eval.{name}").main(rest)
-    if tables := table_files(name):
-        if processes := launched(name):
-            return launch(processes, argv)
-        return importlib.import_module("eval.table").main([*map(str, tables), *rest], job)
     args = parse(argv)
     if processes := launched(name):
         check(args, processes)
@@ -186,7 +188,8 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
 
     requested: keys of settings that were given by --set.
     """
-    from eval.plot import plot
+    from eval.reports.curves import plot
+    from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
     from eval.scoring.report import closing_table
     from eval.scoring.score import ScoreDuring, score_run
@@ -210,11 +213,14 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
                 processes=ctx.world,
                 step=int(saved[-1].stem) if saved else 0,
                 changed={key: list(pair) for key, pair in changed.items()},
+                titles=config.objective.titles,
             )
         code = train(training, ScoreDuring())
         if code:
             return code
         if ctx.is_main:
+            if note := ema_note(config.ema.eval, config.train.steps):
+                log.info(f"note: {note}")
             write_grid(run, config, ctx.device)
         try:
             results = score_run(run, config, ctx)

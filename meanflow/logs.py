@@ -32,3 +32,11 @@ def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
     if not sys.stderr.isatty():
         options |= {"mininterval": BAR_EVERY_S, "maxinterval": BAR_EVERY_S}
     return tqdm(iterable, dynamic_ncols=True, **options)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 47 seconds, 2.2 minutes, 2.5 hours, 4.6 days."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"

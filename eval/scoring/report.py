@@ -4,11 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from eval.scoring.score import real_vs_real
+from eval.scoring.score import REAL_VS_REAL_UP_TO, real_vs_real
 from meanflow.training.config import RunConfig
 from meanflow.training.run_folder import RunFolder
-
-REAL_VS_REAL_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
 
 
 def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any]]) -> str:

@@ -31,6 +31,7 @@ from meanflow.training.state import TrainState
 METRICS = ("fid",)
 SEED = 0
 BEST = "best.pt"
+REAL_VS_REAL_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
 DOWNLOADS = "data"  # where references are kept, if the recipe has no folder for downloads
 
 

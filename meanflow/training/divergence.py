@@ -158,5 +158,7 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
         "seeds": {purpose: derive_seed(seed, purpose, done) for purpose in purposes},
         "images": batch_indices(before.meta["data"]["images"], seed, done * batch, batch).tolist(),
     }
-    weights = replace(before, ema={}, optimizer={}, meta={**before.meta, "step": done, "failure": failure})
+    teacher = repr(config.objective.teacher_decay)
+    ema = {decay: average for decay, average in before.ema.items() if decay == teacher}
+    weights = replace(before, ema=ema, optimizer={}, meta={**before.meta, "step": done, "failure": failure})
     return save_checkpoint(run.failures, failed.step, weights).with_suffix(".json")

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meanflow.data import augment
 from meanflow.guidance import drop_labels
 from meanflow.jvp import rows_first
+from meanflow.logs import duration
 from meanflow.random import generator
 from meanflow.training.batches import MicroBatch, split_batch
 from meanflow.training.config import RunConfig
@@ -50,7 +51,7 @@ def estimate(config: RunConfig, ctx: DistributedContext) -> str:
     fixed = parameters * FLOAT32_BYTES * copies
     activations = saved / probe * micro
     rate = probe / seconds[-1] * ctx.world
-    days = config.train.steps * config.train.batch / rate / 86400
+    whole = config.train.steps * config.train.batch / rate
     where = "CUDA device" if ctx.device.type == "cuda" else "CPU"
     return "\n".join(
         [
@@ -61,7 +62,7 @@ def estimate(config: RunConfig, ctx: DistributedContext) -> str:
             f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
             f"speed (measured)  {rate:.3g} images/s on this {where} with a probe of {probe} images",
             f"whole run         {config.train.steps:,} steps of {config.train.batch:,} images: "
-            f"about {days:.3g} days at that speed",
+            f"about {duration(whole)} at that speed",
         ]
     )
 

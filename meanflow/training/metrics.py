@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +14,8 @@ from meanflow.errors import write_errors_named
 from meanflow.objectives import Loss
 from meanflow.training.divergence import NotFinite
 from meanflow.training.processes import DistributedContext
-
-RENAMED = {"error_still": "error_r_eq_t", "error_moving": "error_r_lt_t"}  # in files of earlier versions
-BLOCK = 2**20  # bytes of a metrics file read at once
+from meanflow.training.records import BLOCK, parse_line
+from meanflow.training.records import read_metrics as read_metrics
 
 
 class StepSums:
@@ -180,28 +178,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, one after the other; damaged ones and a torn last one are left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while texts := file.readlines(BLOCK):
-            try:
-                lines = json.loads(f"[{','.join(texts)}]")  # a block at once: several times as fast
-            except (ValueError, RecursionError):
-                lines = [_parsed(text) for text in texts]
-            for line in lines:
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    yield {RENAMED.get(key, key): value for key, value in line.items()}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def rewind_metrics(path: Path, step: int) -> None:
     """Drop all lines after `step`: a run that continues from there writes them again. Reads from the end."""
     if not path.exists():
@@ -212,7 +188,7 @@ def rewind_metrics(path: Path, step: int) -> None:
             start = _line_start(file, end)
             file.seek(start)
             text = file.read(end - start)
-            line = _parsed(text.decode("utf-8", errors="replace")) if text.endswith(b"\n") else None
+            line = parse_line(text.decode("utf-8", errors="replace")) if text.endswith(b"\n") else None
             if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
                 break
             end = start

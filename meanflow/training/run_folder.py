@@ -10,20 +10,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-import torchvision
+from typing import TYPE_CHECKING, Any
 
 from meanflow.errors import AssetError, write_errors_named
-from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
-from meanflow.training.config import (
-    RunConfig,
-    changes,
-    config_to_yaml,
-    load_config,
-    refuse_changed_run,
-)
+
+if TYPE_CHECKING:  # these import PyTorch: seconds that plots and reports of a run do not need
+    from meanflow.training.checkpoint import Checkpoint
+    from meanflow.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,13 @@ class RunFolder:
             raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
         return file
 
-    def check(self, config: RunConfig, requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+    def check(self, config: "RunConfig", requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
         """What `config` changes since the last start, {dotted key: (old, new)}; nothing is written.
 
         requested: keys given by --set. Raises ConfigError if it would be another run.
         """
+        from meanflow.training.config import changes, load_config, refuse_changed_run
+
         if not self.config_file.exists():
             return {}
         old = load_config(self.config_file)
@@ -71,7 +66,9 @@ class RunFolder:
             refuse_changed_run(old, config, str(self.path), requested)
         return changes(old, config)
 
-    def write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: "RunConfig") -> None:
+        from meanflow.training.config import config_to_yaml
+
         temporary = self.config_file.with_suffix(".tmp")
         with write_errors_named(self.config_file):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,11 +106,13 @@ def _are_changes(changed: Any) -> bool:
     return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
 
 
-def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
+def find_checkpoint(what: Path) -> tuple[Path, "Checkpoint", list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 
     Raises AssetError if there is none or it is damaged.
     """
+    from meanflow.training.checkpoint import load_checkpoint, load_newest
+
     if not what.is_dir():
         return what, load_checkpoint(what), []
     newest = load_newest(RunFolder(what).checkpoints)
@@ -124,6 +123,9 @@ def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for records."""
+    import torch
+    import torchvision
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
