@@ -18,10 +18,10 @@ class DataConfig:
     """
 
     kind: Literal["images"] = "images"
-    source: str = "cifar10"  # torchvision's archive, or "digits" (scikit-learn's 8×8 handwritten digits)
+    source: str = "cifar10"  # cifar10, or digits: scikit-learn's 8×8 handwritten digits
     root: str = "data"  # folder where downloads live
-    path: str | None = None  # the user's own images, which replace `source`: a folder, zip or tar of class folders
-    split: str = "train"  # or "test"
+    path: str | None = None  # your own images instead of `source`: a folder, zip or tar of class folders
+    split: str = "train"  # which part of the images, train or test
     augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
     anisotropy: str = "appendix"  # as EDM's appendix F.2 has it, or "official": as the official release (augment.py)
     flip: bool = False  # mirror every image on a fair coin, one of the labels that the network is given
