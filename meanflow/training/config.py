@@ -345,7 +345,7 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
     where = shlex.quote(where)
     before, now = (" ".join(_assignment(key, pair[k]) for key, pair in refused.items()) for k in (0, 1))
     if on_request >= refused.keys():
-        ways = f" or repeat --set {before}. To change it from here on: --set {now}"
+        ways = f", or repeat --set {before}. To change it from here on: --set {now}"
     else:
         ways = (
             ". These settings make another run: for a new one give another --out; --set init.from="

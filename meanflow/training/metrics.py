@@ -207,7 +207,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 lines = [_parsed(text) for text in texts]
             for line in lines:
                 if _step(line) is not None:
-                    yield {RENAMED.get(key, key): value for key, value in line.items()}
+                    yield line if RENAMED.keys().isdisjoint(line) else {RENAMED.get(k, k): x for k, x in line.items()}
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -57,13 +57,13 @@ def start_distributed(device: str | None = None) -> DistributedContext:
     `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises UserError if there is no such device, and
     IncompleteError if the other processes cannot be reached.
     """
-    gpus = torch.cuda.device_count()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda" and local >= gpus:
-        needed = f"process {local} of this machine needs a GPU of its own" if world > 1 else "--device cuda"
-        raise UserError(f"{needed}, but PyTorch sees {gpus}: use --device cpu, or at most {gpus} processes")
+    if kind == "cuda" and local >= (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"--device cuda needs a GPU for each process, {local + 1} or more on this machine, and PyTorch sees {gpus}"
+        )
     if kind == "cuda":
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
