@@ -29,7 +29,7 @@ class DiTConfig:
     image_size: int  # positions a side of z (32: latents of 256² images)
     channels: int  # of z (4)
     patch: int  # positions a side of a token (4)
-    width: int  # (768)
+    width: int  # of a token (768)
     depth: int  # blocks (12)
     heads: int  # of attention (12)
     conditioning: str = "t,t-r"  # what is embedded and summed, Table 1c

@@ -18,7 +18,7 @@ class GuidanceConfig:
     omega_prime: float = 1.0  # ω′, the guidance scale that results, ω / (1 − κ); 1 is none
     kappa: float = 0.0  # κ in [0, 1), the weight of the network's own class-conditional velocity (Eq. 20)
     t_start: float = 0.0  # guided while t_start ≤ t ≤ t_end, outside trained without
-    t_end: float = 1.0
+    t_end: float = 1.0  # see t_start
     label_drop: float = 0.1  # probability that a sample trains without its label, in [0, 1)
     unconditional_rows: str = "r_eq_t_first"  # which ones - r_eq_t_first: as the official release does; any
 

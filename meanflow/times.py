@@ -16,9 +16,9 @@ class Times:
     sampler: str = "v0"  # v0: the paper's; v1: the official PyTorch release's later one
     distribution: str = "lognorm"  # lognorm or uniform
     mu: float = -0.4  # lognorm: t = sigmoid(mu + sigma·N(0, 1))
-    sigma: float = 1.0
-    mu_r: float | None = None  # v1 only: r has a lognorm of its own
-    sigma_r: float | None = None
+    sigma: float = 1.0  # of the lognorm, as mu
+    mu_r: float | None = None  # v1 only: r = sigmoid(mu_r + sigma_r·N(0, 1)), at most t
+    sigma_r: float | None = None  # of that lognorm
     ratio: float = 0.25  # share of samples with r ≠ t, in [0, 1]; 0 is Flow Matching
     stratified: bool = True  # every batch has exactly this share; false: each sample is drawn
 

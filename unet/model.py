@@ -30,7 +30,7 @@ class UNetConfig:
     multipliers: tuple[int, ...]  # width multiplier at each resolution, largest first (2, 2, 2)
     blocks: int  # residual blocks a level on the way down, one more on the way up (4)
     attention: tuple[int, ...]  # resolutions with self-attention (16,)
-    dropout: float = 0.0  # (0.2)
+    dropout: float = 0.0  # in the residual blocks (0.2)
     conditioning: str = "t,t-r"  # what is embedded, Table 1c
     augment_labels: int = 0  # width of the augmentation-label input, 0 for none (6)
     classes: int = 0  # number of classes, 0 for unconditional

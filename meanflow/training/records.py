@@ -30,6 +30,8 @@ def read_metrics(path: Path, every: int = 1) -> Iterator[dict[str, Any]]:
             try:
                 lines = json.loads(f"[{','.join(texts)}]")  # a block at once: several times as fast
             except (ValueError, RecursionError):
+                lines = []
+            if len(lines) != len(texts):  # a line of the block is damaged
                 lines = [parse_line(text) for text in texts]
             for line in lines:
                 if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -1,4 +1,4 @@
-"""A run folder describes itself: everything in `eval/` needs only its path."""
+"""A run folder describes itself: the commands of `eval/` need only its path."""
 
 import fcntl
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meanflow.errors import AssetError, write_errors_named
+from meanflow.logs import log
 
 if TYPE_CHECKING:  # these import PyTorch: seconds that plots and reports of a run do not need
     from meanflow.training.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ class RunFolder:
     curves = property(lambda self: self.path / "curves.png")
 
     def lock(self) -> Any:
-        """Hold the folder for this process until the returned file is closed or the process ends, however it ends.
+        """Lock the folder until the returned file is closed or this process ends, however it ends.
 
         Raises AssetError if another process trains in it, or it cannot be written.
         """
@@ -50,10 +51,12 @@ class RunFolder:
         except BlockingIOError as error:
             file.close()
             raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
+        except OSError as error:  # some network file systems
+            log.warning(f"{self.path}: cannot be locked ({error.strerror}): start no second run in it at the same time")
         return file
 
     def check(self, config: "RunConfig", requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-        """What `config` changes since the last start, {dotted key: (old, new)}; nothing is written.
+        """What `config` changes since the last start, {dotted key: (old, new)}. Nothing is written.
 
         requested: keys given by --set. Raises ConfigError if it would be another run.
         """
@@ -76,8 +79,14 @@ class RunFolder:
             os.replace(temporary, self.config_file)
 
     def note_start(self, **facts: Any) -> None:
-        with write_errors_named(self.starts_file), open(self.starts_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
+        """Append a line to starts.jsonl: the time, the environment and `facts`."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts})
+        with write_errors_named(self.starts_file), open(self.starts_file, "ab+") as file:
+            if end := file.tell():  # a line that a full disk or a power cut has torn is replaced
+                file.seek(0)
+                whole = file.read().rpartition(b"\n")
+                file.truncate(end - len(whole[2]))
+            file.write(line.encode() + b"\n")
 
 
 def starts(run: RunFolder) -> list[dict[str, Any]]:
@@ -139,7 +148,7 @@ def environment() -> dict[str, Any]:
 
 @lru_cache
 def _commit() -> str | None:
-    """The commit of this code, with + where files differ from it; None outside a git checkout."""
+    """The commit of this code, followed by + if tracked files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run is at a step: weights, averages, optimiser; how it begins, and how it goes to disk and back."""
+"""The state of a run: weights, averages, optimiser; how it is initialised, saved and restored."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ NAMES_SHOWN = 4
 
 @dataclass
 class TrainState:
-    """`step` optimiser steps are done. Every random number is a function of (seed, step), so this is all there is."""
+    """After `step` optimiser steps. Random numbers are functions of (seed, step), so this is the whole state."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -80,9 +80,9 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 
 class Ema:
-    """`averages[decay][name]` follows each parameter of `network`, in float32, from its initial value.
+    """`averages[decay][name]`: the moving average of each parameter of `network`, in float32, from its initial value.
 
-    They live on the parameters' device or, with `config.store` "host", in the computer's memory.
+    They are on the parameters' device or, with `config.store` "host", in the CPU's memory.
 
     Every `config.every` steps each average moves by 1 − decay^every towards the weights (the official CIFAR-10
     release: every 16 steps; the ImageNet one: every step). No ramp.
@@ -112,7 +112,7 @@ class Ema:
         return weight.cpu() if self.config.store == "host" else weight
 
 
-# --- to disk and back ------------------------------------------------------------------------------------------------
+# --- saved and restored ----------------------------------------------------------------------------------------------
 
 
 def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) -> Checkpoint:
@@ -135,7 +135,7 @@ def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) ->
 
 @torch.no_grad()
 def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
-    """Fill `state` in place, strictly. An average that the checkpoint lacks starts from the weights as they are then.
+    """Fill `state` in place, strictly. An average that the checkpoint lacks starts from its weights.
 
     Raises AssetError naming what does not fit.
     """
@@ -180,7 +180,7 @@ def copy_strictly(into: dict[str, Tensor], source: dict[str, Tensor], what: str)
 
 @dataclass(frozen=True)
 class Initialised:
-    """What a fine-tuning run took from another one. `reshaped`: in both, of another shape, so not taken."""
+    """What a fine-tuning run took from another one. `reshaped`: in both, but of another shape, so not taken."""
 
     source: str
     step: int
@@ -220,14 +220,14 @@ def initialise(state: TrainState, config: InitConfig) -> Initialised:
     which = config.ema or repr(config_from_tree(checkpoint.meta["config"], str(path)).ema.eval)
     if which != "weights" and which not in checkpoint.ema:
         kept = ", ".join([*checkpoint.ema, "weights"])
-        raise ConfigError(f"init.ema: {path} keeps no average {which}, only {kept}")
+        raise ConfigError(f"init.ema: {path} keeps no average {which}, but {kept}")
     there = checkpoint.model if which == "weights" else checkpoint.ema[which]
     here = dict(state.network.named_parameters())
     common = [name for name in here if name in there]
     taken = [name for name in common if here[name].shape == there[name].shape]
-    share = sum(here[name].numel() for name in taken) / sum(p.numel() for p in here.values())
-    if share < 0.5:
-        raise ConfigError(f"init.from: {path} holds another network: {share:.0%} of this one's parameters fit by name")
+    fraction = sum(here[name].numel() for name in taken) / sum(p.numel() for p in here.values())
+    if fraction < 0.5:
+        raise ConfigError(f"init.from: {path} holds another network: only {fraction:.0%} of the parameters fit by name")
     for name in taken:
         here[name].copy_(there[name])
     state.ema.restart()
