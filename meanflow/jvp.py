@@ -5,6 +5,7 @@ derivative are moved behind the others, so that a tangent covers the first n row
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -155,8 +156,10 @@ class _ValueAndTangent(nn.Module):
 
 
 def _compile(module: nn.Module, inputs: tuple, mode: str) -> Callable:
-    exported = torch.export.export(module, inputs, strict=False).module(check_guards=False)
-    return torch.compile(exported, dynamic=False, fullgraph=True, mode=mode)
+    exported = torch.export.export(module, inputs, strict=False)
+    checked = "check_guards" in inspect.signature(exported.module).parameters  # not yet in 2.8
+    plain = exported.module(check_guards=False) if checked else exported.module()
+    return torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
 
 
 # --- activation checkpointing ------------------------------------------------------------------------------------

@@ -85,19 +85,14 @@ def test_decoding_in_parts_and_in_bf16(vae):
     assert 0 < difference < 0.05 * whole.abs().max()
 
 
-def convolutions_use_tf32() -> bool:
-    cudnn = torch.backends.cudnn
-    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32  # PyTorch 2.9, 2.8
-
-
 def test_the_vae_computes_in_exact_float32_whatever_training_set(vae, monkeypatch):
     codec, found = opened(vae), []
     for part in (codec.vae.encoder, codec.vae.decoder):
-        part.register_forward_pre_hook(lambda *_: found.append(convolutions_use_tf32()))
+        part.register_forward_pre_hook(lambda *_: found.append(torch.backends.cudnn.allow_tf32))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     codec.encode(some_images())
     codec.decode(torch.zeros(1, 4, 8, 8))
-    assert found == [False, False] and convolutions_use_tf32()
+    assert found == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 def test_images_that_the_vae_does_not_take(vae):
@@ -193,6 +188,6 @@ def test_the_home_folder_is_expanded(copy, monkeypatch):
 def test_without_diffusers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("stabilityai/sd-vae-ft-mse", "pip install -r requirements-imagenet.txt")
+    refused("stabilityai/sd-vae-ft-mse", "-m pip install diffusers safetensors huggingface-hub")
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
-    refused(tmp_path, "pip install -r requirements-imagenet.txt")
+    refused(tmp_path, "-m pip install diffusers safetensors huggingface-hub")

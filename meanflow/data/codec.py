@@ -7,6 +7,7 @@ network sees is (mean + std·noise)·scale, and that is also what `decode` takes
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +181,8 @@ def load_autoencoder(name: str, folder: Path) -> Any:
 
 
 def _no_diffusers(name: str) -> AssetError:
-    return AssetError(f"data.vae {name} needs diffusers: pip install -r requirements-imagenet.txt")
+    needed = "diffusers safetensors huggingface-hub"  # requirements-imagenet.txt
+    return AssetError(f"data.vae {name} needs diffusers: {sys.executable} -m pip install {needed}")
 
 
 def _refuse_other_kinds(name: str, folder: Path) -> None:
