@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import run
 from running import ROOT
 
+import run
 from eval.tables.config import Run, load_table
 from meanflow.errors import ConfigError
 from meanflow.training import settings
