@@ -122,17 +122,23 @@ def compiled_jvp(network: nn.Module, method: str, mode: str) -> Callable:
 
 
 class CompiledDual:
-    """torch.compile cannot read dual numbers, but torch.export need not: it runs the network on them once and keeps
-    the plain operations that they turn into. That graph is then compiled.
+    """`dual_jvp` of one function, compiled.
 
-    Where the number of rows with a derivative varies from step to step it is rounded up, so that few graphs serve all.
+    torch.compile cannot trace dual numbers. torch.export runs the network on them once and records the plain operations
+    that they turn into; that graph is compiled. Where the number of rows with a derivative varies from step to step it
+    is rounded up, so that few graphs are enough.
     """
 
     def __init__(self, network: nn.Module, mode: str):
         self.network, self.mode = network, mode
+        self.u: Network | None = None
         self.graphs: dict[tuple, Callable] = {}
 
     def __call__(self, u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+        if self.u is None:
+            self.u = u
+        if u is not self.u:
+            raise ValueError("a compiled derivative is that of one function; set train.compile to null")
         dz, dr, dt = tangents
         n, part = len(dz), -(-len(z) // PARTS)
         padded = min(-(-n // part) * part, len(z))

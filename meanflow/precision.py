@@ -1,4 +1,4 @@
-"""Arithmetic that is the same whoever calls: what is stored, compared or published must not depend on TF32."""
+"""Arithmetic that does not depend on what the caller set: what is stored, compared or published uses no TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Plain float32 in all threads: no TF32, no cuDNN search. What was set before is set again after.
+    """Plain float32 in all threads: no TF32, no cuDNN search. The caller's settings return afterwards.
 
     PyTorch's convolutions use TF32 unless told otherwise, and training sets what its recipe says; torch-fidelity and
     diffusers take what they find. Newer versions (2.9) also have switches by operator. Both kinds are set, since

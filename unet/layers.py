@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-SKIP_SCALE = math.sqrt(0.5)  # a sum of two branches keeps its variance
+SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 RESAMPLE_TAPS = (1.0, 3.0, 3.0, 1.0)
 ZERO_INIT = 1e-5  # the last convolution of a branch starts near zero: the block starts as its skip
 QKV_INIT = math.sqrt(0.2)
@@ -75,7 +75,7 @@ class Conv(nn.Conv2d):
 class Block(nn.Module):
     """A residual block, shifted by the time embedding, with self-attention if asked for.
 
-    x (B, C_in, H, W), emb (B, E) → (B, C_out, H', W'). Parameters bear the official release's names.
+    x (B, C_in, H, W), emb (B, E) → (B, C_out, H', W'). Parameter names are the official release's.
     """
 
     def __init__(
