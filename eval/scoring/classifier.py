@@ -1,24 +1,24 @@
-"""`python -m eval.scoring.classifier RUN`: do samples show the class that was asked for? A plain classifier judges.
+"""Classifier accuracy: do samples show the class that was asked for? A plain classifier judges.
 
 It is a support vector machine (scikit-learn, RBF kernel, default settings) fitted to the pixels of the run's own
-training images. That suits small images such as digits; beside the share of agreement stands how well the
-classifier does on real images that it was not fitted to.
+training images. That suits small images such as digits; its own accuracy on real images that it was not fitted to says
+how far it can be trusted.
 """
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from eval.scoring.files import write_json
-from eval.scoring.subjects import Sampling, draw_labels
+from eval.scoring.files import read_json, write_json
+from eval.scoring.sources import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
-from meanflow.errors import UserError, run_main
-from meanflow.training.model import Model, generate, load, to_uint8
+from meanflow.errors import AssetError, UserError
+from meanflow.training.model import Model, generate, to_uint8
 from meanflow.training.run_folder import RunFolder
 
 FOLDS = 5
@@ -27,10 +27,10 @@ MAX_PIXELS = 1024  # numbers in an image: beyond, pixels say little about classe
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """`agreement`: share of samples classified as asked for; `real`: of real images, cross-validated. Both 0 … 1."""
+class ClassifierAccuracy:
+    """accuracy: the fraction of samples classified as asked for; real: of real images, cross-validated. Both 0 … 1."""
 
-    agreement: float
+    accuracy: float
     real: float
     samples: int
     steps: int
@@ -38,46 +38,42 @@ class Agreement:
     seed: int
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.scoring.classifier", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of a class-conditional run")
-    parser.add_argument("--n", type=int, default=5000, help="samples (5000)")
-    parser.add_argument("--steps", type=int, default=1, help="network evaluations a sample, NFE (1)")
-    parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
-    parser.add_argument("--seed", type=int, default=0, help="of labels and noise (0)")
-    args = parser.parse_args(argv)
-    if args.n < 1 or args.steps < 1:
-        raise UserError("--n and --steps must be ≥ 1")
-    model = load(args.run, args.ema, "cpu")
-    found = agreement(model, args.n, args.steps, args.seed)
-    if args.run.is_dir():
-        write_json(agreement_file(RunFolder(args.run), model, args.steps), asdict(found))
-    print(
-        f"{found.agreement:.1%} of {found.samples:,} samples (NFE {found.steps}, EMA {found.ema}) are classified as "
-        f"asked for; the classifier is right on {found.real:.1%} of real images (cross-validated)"
-    )
-    return 0
+def accuracy_file(run: RunFolder, step: int, ema: str, steps: int) -> Path:
+    """Its name, and the key `agreement` in it, are as in the first version of this kit."""
+    return run.path / f"agreement-step{step:08d}-ema{ema}-nfe{steps}.json"
 
 
-def agreement_file(run: RunFolder, model: Model, steps: int) -> Path:
-    return run.path / f"agreement-step{model.meta['step']:08d}-ema{model.ema}-nfe{steps}.json"
+def write_accuracy(path: Path, found: ClassifierAccuracy) -> None:
+    tree = asdict(found)
+    write_json(path, {"agreement": tree.pop("accuracy"), **tree})
 
 
-def agreement(model: Model, n: int, steps: int, seed: int = 0) -> Agreement:
+def read_accuracy(path: Path) -> ClassifierAccuracy | None:
+    """None if there is no file. Raises AssetError if it is something else."""
+    if not path.exists():
+        return None
+    tree: Any = read_json(path)
+    try:
+        return ClassifierAccuracy(tree.pop("agreement"), **tree)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise AssetError(f"{path}: is not a classifier's result ({error}); move it away") from error
+
+
+def classifier_accuracy(model: Model, n: int, steps: int, seed: int = 0) -> ClassifierAccuracy:
     """Judge n samples with uniformly random labels. Raises UserError for a run without classes or with large images."""
     config = model.config
     if not config.model.classes:
         raise UserError(f"{model.path}: is unconditional, so no class was asked for")
     if np.prod(config.image_shape) > MAX_PIXELS:
         raise UserError(f"{model.path}: a classifier of pixels says nothing about images of {config.image_shape}")
-    classifier, real = _judge(config.data, config.model.image_size, config.model.channels)
-    labels = draw_labels(Sampling(n, seed, "random", "round"), config.model.classes)
+    classifier, real = _fitted_to(config.data, config.model.image_size, config.model.channels)
+    labels = draw_labels(Sampling(n, seed, "random", config.sample.uint8), config.model.classes)
     right = 0
     for start in range(0, n, BATCH):
         asked = labels[start : start + BATCH]
-        images = to_uint8(generate(model, start, start + len(asked), steps, seed, asked)).cpu()
+        images = to_uint8(generate(model, start, start + len(asked), steps, seed, asked), config.sample.uint8).cpu()
         right += int((classifier.predict(_features(images)) == asked.numpy()).sum())
-    return Agreement(right / n, real, n, steps, model.ema, seed)
+    return ClassifierAccuracy(right / n, real, n, steps, model.ema, seed)
 
 
 def fitted_classifier(real: Dataset):
@@ -91,7 +87,7 @@ def fitted_classifier(real: Dataset):
 
 
 @lru_cache(maxsize=1)  # the runs of a table have the same images
-def _judge(data: DataConfig | LatentsConfig, size: int, channels: int):
+def _fitted_to(data: DataConfig | LatentsConfig, size: int, channels: int):
     if isinstance(data, DataConfig):
         return fitted_classifier(load_dataset(data, size, channels))
     if data.source == "digits":
@@ -101,7 +97,3 @@ def _judge(data: DataConfig | LatentsConfig, size: int, channels: int):
 
 def _features(images: Tensor) -> np.ndarray:
     return images.flatten(1).numpy() / 255.0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_main(main))

@@ -1,0 +1,74 @@
+"""What the commands of sampling and scoring accept, read without PyTorch, which takes seconds to import."""
+
+import argparse
+import os
+from argparse import ArgumentTypeError
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+from meanflow.errors import UserError
+
+METRICS = ("fid", "isc", "kid", "prc")
+INCEPTION, PIXELS, THUMBNAILS = "inception-v3-compat", "pixels", "thumbnails"
+EXTRACTORS = (INCEPTION, PIXELS, THUMBNAILS)
+CIFAR10_SPLITS = {"cifar10-train": "train", "cifar10-test": "test"}
+DIGITS = "digits"
+ADM = "adm-imagenet256"  # ADM's statistics of ImageNet's training images at 256², and 10,000 of them
+NAMED = (*CIFAR10_SPLITS, DIGITS, ADM)  # references that have a name
+FULL_N = 50_000  # what "FID" means without another number beside it
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError, one line, where argparse would print its usage."""
+
+    def __init__(self, command: str, description: str, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=f"bash run.sh {command}", description=description, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# --- types of options: they raise ArgumentTypeError ---------------------------------------------------------------
+
+
+def path(text: str) -> Path:
+    """A path with ~ expanded."""
+    return Path(os.path.expanduser(text))
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise ArgumentTypeError(f"give a whole number of 1 or more, not {text!r}")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers of 1 or more, separated by commas; each once."""
+    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def grid(text: str) -> tuple[float, ...]:
+    """A time grid, such as 1,0.6,0."""
+    try:
+        times = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        times = ()
+    if len(times) < 2 or times[0] != 1 or times[-1] != 0 or not all(t > r for t, r in pairwise(times)):
+        raise ArgumentTypeError(f"give times that descend from 1 to 0, such as 1,0.6,0, not {text!r}")
+    return times
+
+
+def metrics(text: str) -> tuple[str, ...]:
+    """Names of metrics, separated by commas; each once."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(names) <= set(METRICS):
+        raise ArgumentTypeError(f"choose from {', '.join(METRICS)}, not {text!r}")
+    return names
+
+
+def steps_name(steps: int, times: tuple[float, ...] | None = None) -> str:
+    """For file names: "nfe2", and for another time grid than the even one "nfe2-grid1-0.6-0"."""
+    return f"nfe{steps}" if times is None else f"nfe{len(times) - 1}-grid{'-'.join(f'{t:g}' for t in times)}"
