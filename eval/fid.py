@@ -10,7 +10,6 @@ bash run.sh fid selftest                                is this installation's F
 """
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from eval.scoring.options import (
     grid,
     metrics,
     path,
+    reference,
 )
 from meanflow.errors import AssetError, NumericsError, UserError, run_main
 
@@ -68,7 +68,7 @@ def _score_parser() -> Parser:
     what.add_argument("--ckpt", type=path, help="the same for a checkpoint file")
     what.add_argument("--samples", type=path, help="folder, zip, tar or npz (arr_0) of images")
     how = out.add_argument_group("how")
-    how.add_argument("--ref", type=os.path.expanduser, help=f"{REFERENCES} (the recipe's: mostly its training images)")
+    how.add_argument("--ref", type=reference, help=f"{REFERENCES} (the recipe's: mostly its training images)")
     how.add_argument("--metrics", type=metrics, default=("fid",), help=f"comma-separated of {', '.join(METRICS)} (fid)")
     # torchrun takes --n for an abbreviation of its own, even behind the module's name.
     number = f"number of samples ({FULL_N}; --samples: all, up to that); under torchrun write --count"
@@ -89,7 +89,7 @@ def _score_parser() -> Parser:
 
 def _make_ref_parser() -> Parser:
     out = Parser("fid make-ref", "Statistics of images, to be given as --ref.", epilog=EXIT_CODES)
-    out.add_argument("--ref", type=os.path.expanduser, required=True, help=REFERENCES)
+    out.add_argument("--ref", type=reference, required=True, help=REFERENCES)
     out.add_argument("--out", type=path, required=True, help="the npz to write")
     out.add_argument("--overwrite", action="store_true", help="replace that file")
     _common(out)
@@ -176,13 +176,13 @@ def _score(args: argparse.Namespace) -> int:
         out = run.eval if run.config_file.exists() else out
     extractor = _extractor(args, args.metrics, config, ctx)
     if args.ref is not None:
-        reference = _reference(args, ctx)
+        real = _reference(args, ctx)
     else:
         run_on_rank0(ctx, lambda: recipe_reference(config, not args.offline) and None)
-        reference = recipe_reference(config, not args.offline)
+        real = recipe_reference(config, not args.offline)
     options = MetricOptions() if args.kid_subset_size is None else MetricOptions(kid_subset_size=args.kid_subset_size)
     resume, out = "continue" if args.resume else "fresh", args.out or out
-    request = Request(args.metrics, extractor, reference, options, args.batch, out, args.cache, resume)
+    request = Request(args.metrics, extractor, real, options, args.batch, out, args.cache, resume)
     results = evaluate(request, targets, ctx)
     if results is not None:
         print(table(results))
@@ -199,16 +199,16 @@ def _make_ref(args: argparse.Namespace) -> int:
     from eval.scoring.references import check_reference, write_reference
 
     ctx = _start(args)
-    extractor, reference = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)
-    if reference.images is None:
+    extractor, real = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)
+    if real.images is None:
         raise UserError(f"--ref {args.ref} is statistics already: give images")
-    check_reference(reference, ("fid",), extractor, None, MetricOptions())
+    check_reference(real, ("fid",), extractor, None, MetricOptions())
     work = make_folder(args.out.parent) / f"{args.out.stem}-work"  # interrupted, the same command continues
     cache = Cache(make_folder(args.cache)) if args.cache else Cache(work, 0)
-    prepared = prepare(reference, ("fid",), extractor, cache, work, ctx, "reference")
+    prepared = prepare(real, ("fid",), extractor, cache, work, ctx, "reference")
     if prepared is not None:
         statistics = prepared.fid if isinstance(prepared.fid, Statistics) else Statistics.of(prepared.fid)
-        print(write_reference(args.out, reference, statistics, extractor))
+        print(write_reference(args.out, real, statistics, extractor))
         shutil.rmtree(work, ignore_errors=True)
     return 0
 

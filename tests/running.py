@@ -163,7 +163,7 @@ def train_run(config: RunConfig, run: RunFolder, ctx: DistributedContext, evalua
 # --- processes -------------------------------------------------------------------------------------------------
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "sklearn.datasets", "run", "eval.sample", "eval.fid", "running"])
+context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.scoring.score", "running"])
 
 
 class Started:

@@ -21,7 +21,7 @@ from meanflow.errors import AssetError, IncompleteError, UserError
 from meanflow.logs import log
 from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, run_on_rank0
 
-CPU_FLOPS, GPU_FLOPS = 2e10, 1e13  # a second, of a core and of a GPU: enough to tell minutes from hours
+CPU_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a core and of a GPU: enough to tell minutes from hours
 
 
 def evaluate(
@@ -42,7 +42,8 @@ def evaluate(
     if progress:
         for warning in warnings if request.resume != "reuse" else ():  # the job has said so before training
             log.warning(warning)
-        log.info(cost_of(request, targets).line(request.extractor.name, request.extractor.device, ctx.world))
+        line = cost_of(request, targets).line(request.extractor.name, request.extractor.device, ctx.world)
+        log.info(f"scoring {line}")
     work = run_on_rank0(ctx, lambda: open_work(request.out / "work", protocols, request.resume))
     cache = Cache(request.cache) if request.cache else Cache(request.out / "references", KEPT_UNASKED)
     results: list[dict] = []
@@ -184,16 +185,17 @@ class Cost:
         return 12.0 * self.dims * (self.n + self.m) + 5 * 8.0 * min(self.n, self.dims) ** 2
 
     def line(self, extractor: str, device: torch.device, processes: int = 1) -> str:
+        """In words, such as "5,000 samples: pixels, 64 features an image, …, minutes on CPU"."""
         rank = min(self.n, self.dims)
         distances = self.rounds * (2.0 * self.n * self.dims * rank + 25.0 * rank**3)
         rate = GPU_FLOPS if device.type == "cuda" else CPU_FLOPS * torch.get_num_threads()
         seconds = distances / CPU_FLOPS + self.flops / rate / processes
         limits = ((60, "less than a minute"), (3600, "minutes"), (24 * 3600, "hours"))
         duration = next((words for limit, words in limits if seconds < limit), "days")
-        times = f", {self.rounds} times" if self.rounds > 1 else ""
+        memory = f"{self.memory / 1e9:.1f} GB" if self.memory > 1e9 else f"{self.memory / 1e6:.0f} MB"
         return (
-            f"scoring {self.n:,} samples{times}: {extractor}, {self.dims:,} features an image, "
-            f"{self.memory / 1e9:.1f} GB of memory, {duration} on {device.type.upper()}"
+            f"{self.n:,} samples{f', {self.rounds} times' if self.rounds > 1 else ''}: {extractor}, "
+            f"{self.dims:,} features an image, about {memory} of memory, {duration} on {device.type.upper()}"
         )
 
 

@@ -70,13 +70,14 @@ def cost_line(config: RunConfig) -> str:
     """
     name, warnings = affordable(config.eval.extractor, config.image_shape)
     n, steps, data = config.eval.samples, config.eval.steps, config.data
-    own = config.eval.reference is None and getattr(data, "path", None) is None
-    m = SIZES.get((data.source, data.split), 0) if own else 0
+    named = config.eval.reference is not None  # mostly statistics, which cost nothing
+    m = SIZES.get((data.source, data.split), 0) if not named and getattr(data, "path", None) is None else 0
     flops = sum(sample_flops(config, count) for count in steps) * n
     flops += INCEPTION_FLOPS * (n * len(steps) + m) * (name == INCEPTION)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device)
-    return "\n".join([f"{line}{'' if m else ', besides the reference'}", *warnings])
+    lines = [f"{line}{'' if m or named else ', besides the training images'}", *warnings]
+    return "\n".join(f"{label:<18}{text}" for label, text in zip(["scoring", ""], lines, strict=False))
 
 
 def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: Path | None = None) -> list[dict]:

@@ -47,6 +47,7 @@ def each(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> It
             try:
                 done.put((work(item), None))
             except BaseException as error:  # raised in the caller's thread, below
+                stopped.set()
                 done.put((None, error))
 
     count = min(torch.get_num_threads(), len(items))
@@ -54,17 +55,21 @@ def each(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> It
     for thread in threads:
         thread.start()
     try:
-        for _ in items:
-            result, error = done.get()
+        left = len(items)
+        while left:
+            try:
+                result, error = done.get(timeout=0.5)  # a signal may reach another thread, and not end this waiting
+            except Empty:
+                continue
             if error is not None:
                 raise error
+            left -= 1
             yield result
     except (KeyboardInterrupt, GeneratorExit):
         stopped.set()
         exit_at_once(EXIT_INTERRUPTED)
         raise
     except BaseException:
-        stopped.set()
         for thread in threads:
             thread.join()
         raise
