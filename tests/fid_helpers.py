@@ -51,6 +51,13 @@ def result(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def error(capsys) -> str:
+    """The line of the error that was shown last."""
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
 def count_pieces(patch, at_most: float = float("inf"), end=None, log: Path | None = None) -> list[str]:
     """Batches of features that are written from now on, by folder and name; `end()` is called before one too many."""
     import eval.scoring.features as features

@@ -1,13 +1,11 @@
 """References: every layout of the same statistics gives one number; every unusable file gives its line."""
 
 import pickle
-import tarfile
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from fid_helpers import fid, grey_blobs, result, tiny_run
+from fid_helpers import error, fid, grey_blobs, result, tiny_run
 from PIL import Image
 from running import tiny_config, write_images
 from torch_fidelity.metric_fid import fid_features_to_statistics
@@ -45,11 +43,6 @@ def files(tmp_path_factory, images):
     out["folder"].mkdir()
     for k, image in enumerate(real):
         Image.fromarray(image[..., 0]).save(out["folder"] / f"{k:03d}.png")
-    out["zip"], out["tar"] = root / "all.zip", root / "all.tar.gz"
-    with zipfile.ZipFile(out["zip"], "w") as archive, tarfile.open(out["tar"], "w:gz") as tar:
-        for path in sorted(out["folder"].iterdir()):
-            archive.write(path, path.name)
-            tar.add(path, path.name)
     out["run"] = tiny_run(root / "run", tiny_config(data__path=str(out["folder"])))[0].path
     assert fid("make-ref", "--ref", out["run"], "--out", out["made"]) == 0  # by the run's extractor, pixels
     return {**out, "fake": root / "fake.npz"}
@@ -61,12 +54,6 @@ def score(files, ref, out, *more) -> int:
 
 def distance(out) -> float:
     return result(out / "fake.json")["metrics"]["fd-pixels"]
-
-
-def error(capsys) -> str:
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 def test_every_layout_gives_one_number(files, images, tmp_path):

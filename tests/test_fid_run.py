@@ -10,8 +10,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from fid_helpers import EMAS, count_pieces, fid, grey_blobs, interrupt, result, tiny_run
-from running import ROOT, tiny_config, train_run
+from fid_helpers import EMAS, count_pieces, error, fid, grey_blobs, interrupt, result, tiny_run
+from running import ROOT, tiny_config, train_run, write_images
 
 from eval.scoring import score
 from eval.scoring.extractors import affordable
@@ -46,12 +46,6 @@ def files(folder):
     return sorted(path.name for path in folder.glob("*.json"))
 
 
-def error(capsys) -> str:
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
 # --- what is scored and recorded ---------------------------------------------------------------------------------
 
 
@@ -76,13 +70,6 @@ def test_every_ema_step_count_and_grid_at_once(run, tmp_path, capsys):
         assert "40" in line and "not comparable" in line
     assert len(values) == 6 and "scoring 40 samples, 6 times: pixels, 64 features an image" in shown
     assert not (tmp_path / "work").exists()
-
-
-@pytest.mark.parametrize(("recipe", "option", "used"), [("floor", None, "floor"), ("floor", "round", "round")])
-def test_uint8_is_the_recipes_unless_asked(recipe, option, used, tmp_path):
-    run, _ = tiny_run(tmp_path / "run", tiny_config(**EMAS, sample__uint8=recipe))
-    assert scored(run, *(("--quantise", option) if option else ())) == 0
-    assert result(run.eval / "step00000007-ema0.99-nfe1-n40.json")["protocol"]["samples"]["quantise"] == used
 
 
 def test_fifty_thousand_of_inception_are_comparable_and_fewer_are_not():
@@ -205,10 +192,12 @@ sys.exit(run_main(main))
         (["--batch", "0"], 2, "argument --batch: give a whole number of 1 or more"),
         (["--samples", "also.zip"], 2, "one of them"),
         (["--weights", "none.pth"], 3, "--weights none.pth: no such file"),  # though pixels need none
+        (["--device", "cuda"], 2, "PyTorch sees no GPU"),
         (["--colour"], 2, "unrecognized arguments: --colour"),
     ],
 )
-def test_bad_usage(run, more, code, line, tmp_path, capsys):
+def test_bad_usage(run, more, code, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert scored(run, "--out", tmp_path, *more) == code
     assert line in error(capsys)
     assert files(tmp_path) == []
@@ -254,13 +243,6 @@ def test_paths_that_cannot_be(run, tmp_path, capsys, monkeypatch):
     assert fid("--samples", run.path, "--ref", "cifar10-train", "--data", "file", "--offline") == 3
 
 
-def test_a_device_that_is_not_here(run, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert scored(run, "--device", "cuda") == 2
-    assert "PyTorch sees no GPU" in error(capsys)
-
-
 def test_samples_that_are_not_finite(tmp_path, capsys):
     run, state = tiny_run(tmp_path / "run")
     for averages in state.ema.averages.values():
@@ -269,24 +251,6 @@ def test_samples_that_are_not_finite(tmp_path, capsys):
     save_checkpoint(run.checkpoints, 8, to_checkpoint(state, tiny_config(**EMAS), data))
     assert scored(run) == 4
     assert "not finite" in error(capsys)
-
-
-def test_bad_checkpoints(tmp_path, capsys):
-    run, _ = tiny_run(tmp_path / "run")
-    (path,) = run.checkpoints.glob("*.pt")
-    content = torch.load(path, weights_only=True)
-    content["ema"]["0.99"].pop(next(iter(content["ema"]["0.99"])))
-    torch.save(content, tmp_path / "other.pt")
-    path.write_bytes(path.read_bytes()[:-10])
-    (tmp_path / "empty").mkdir()
-    for what, line in (
-        (path, "damaged"),
-        (tmp_path / "other.pt", "do not fit the network"),
-        (tmp_path / "empty", "has no checkpoint yet"),
-        (tmp_path / "none.pt", "no such checkpoint"),
-    ):
-        assert fid(what, "--n", N, "--out", tmp_path / "out") == 3
-        assert line in error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -320,14 +284,18 @@ def test_samples_need_a_reference_and_enough_images(tmp_path, capsys):
 
 
 def test_score_run_uses_what_is_there(tmp_path):
-    config = tiny_config(**EMAS, eval__samples=30, eval__steps=[1, 2], eval__batch=16)
+    config = tiny_config(**EMAS, eval__samples=30, eval__steps=[1, 2], eval__batch=16, sample__uint8="floor")
     run, _ = tiny_run(tmp_path / "run", config)
     first = score.score_run(run, config, ALONE)
     assert [r["protocol"]["nfe"] for r in first] == [1, 2]
-    assert all(r["protocol"]["ema"] == "0.99" for r in first)
+    assert all(r["protocol"]["ema"] == "0.99" and r["protocol"]["samples"]["quantise"] == "floor" for r in first)
     stamps = {path: path.stat().st_mtime_ns for path in run.eval.glob("*.json")}
     assert score.score_run(run, config, ALONE) == first
     assert {path: path.stat().st_mtime_ns for path in run.eval.glob("*.json")} == stamps
+    for more, rule in ((), "floor"), (("--quantise", "round"), "round"):  # eval.fid goes by the recipe too
+        assert scored(run, *more) == 0
+        found = result(run.eval / "step00000007-ema0.99-nfe1-n40.json")
+        assert found["protocol"]["samples"]["quantise"] == rule
     closing = score.closing_table(config, run, first)
     assert "1-NFE fd-pixels" in closing and "two halves of the real images" in closing and str(run.eval) in closing
 
@@ -353,8 +321,6 @@ def test_images_too_large_for_pixels_are_scored_with_thumbnails(tmp_path):
     assert score.cost_line(large).startswith("scoring           128 samples: thumbnails, 192 features an image, about ")
     assert line in score.cost_line(large) and "minute on CPU" in score.cost_line(large)
     assert affordable("pixels", (3, 32, 32)) == ("pixels", ()) and affordable("vgg", (3, 64, 64)) == ("vgg", ())
-
-    from running import write_images
 
     write_images(tmp_path, 22, size=64)
     run, _ = tiny_run(tmp_path.with_name("run"), large)

@@ -10,9 +10,10 @@ from PIL import Image
 
 from eval import classifier
 from eval import sample as module
+from eval.sampling.grid import class_labels, grid
 from eval.scoring.classifier import ClassifierAccuracy, classifier_accuracy, read_accuracy
 from meanflow.data.dataset import digits
-from meanflow.errors import AssetError, NumericsError, UserError, run_main
+from meanflow.errors import AssetError, NumericsError, UserError
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from meanflow.training.model import generate, load, noise, to_uint8
@@ -63,15 +64,8 @@ def test_npz_folder_and_grid_hold_the_same_samples(trained, tmp_path):
     for file, image in zip(files, images, strict=True):
         with Image.open(file) as picture:
             assert picture.mode == "L" and np.array_equal(np.array(picture), image[:, :, 0])
-    with Image.open(outs[2]) as picture:
-        grid = np.array(picture)
-    scale, gap = 8, 2  # three columns of 8 pixels, enlarged eightfold
-    assert grid.shape == (3 * (8 * scale + gap) + gap, 3 * (8 * scale + gap) + gap)
-    for k, image in enumerate(images):
-        y, x = (gap + i * (8 * scale + gap) for i in divmod(k, 3))
-        tile = grid[y : y + 8 * scale, x : x + 8 * scale].reshape(8, scale, 8, scale).mean((1, 3))
-        assert np.corrcoef(tile.ravel(), image.ravel())[0, 1] > 0.95, k
-    assert (grid[:gap] == 255).all() and (grid[-8 * scale :, -8 * scale :] == 255).all(), "empty places are white"
+    with Image.open(outs[2]) as picture:  # three columns; see test_grid.py
+        assert np.array_equal(np.array(picture), np.array(grid(torch.from_numpy(images).permute(0, 3, 1, 2), 3)))
 
 
 def test_colours_and_classes(trained_with_classes, tmp_path):
@@ -85,7 +79,7 @@ def test_colours_and_classes(trained_with_classes, tmp_path):
         assert picture.mode == "RGB" and np.array_equal(np.array(picture), arrays(tmp_path / "s.npz")[2])
 
 
-def test_without_out_it_goes_to_the_run_folder(trained, tmp_path, capsys):
+def test_where_it_goes_and_the_line_it_prints(trained, tmp_path, capsys, monkeypatch):
     run = shutil.copytree(trained.path, tmp_path / "run")
     for times, name in (
         (["--steps", 2], "step00000006-nfe2-ema0.9-seed0.png"),
@@ -96,15 +90,9 @@ def test_without_out_it_goes_to_the_run_folder(trained, tmp_path, capsys):
     lone = shutil.copy(checkpoint_path(trained.checkpoints, 6), tmp_path / "carried.pt")
     sample(lone, "--n", 2)
     assert (tmp_path / "step00000006-nfe1-ema0.9-seed0.png").exists()
-
-
-def test_the_line_it_prints_names_what_was_done(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    sample(trained.path, "--n", 3, "--steps", 4, "--seed", 5, "--ema", "0.5", "--out", "~/s.npz")
-    line = capsys.readouterr().out
-    for part in ("3 samples", "NFE 4", "EMA 0.5", "step 6", "seed 5", str(tmp_path / "s.npz")):
-        assert part in line
-    assert len(arrays(tmp_path / "s.npz")) == 3
+    sample(run, "--n", 3, "--steps", 4, "--seed", 5, "--ema", "0.5", "--out", "~/s.npz")
+    assert f"3 samples, NFE 4, EMA 0.5, step 6, seed 5 → {tmp_path / 's.npz'}\n" in capsys.readouterr().out
 
 
 # --- a sample depends on its seed alone --------------------------------------------------------------------------
@@ -193,26 +181,16 @@ def test_an_ema_that_is_not_there_names_those_that_are(trained, ema):
 
 
 def test_labels_take_turns_or_are_chosen(trained_with_classes, tmp_path):
-    turns, zeros, ones = tmp_path / "turns.npz", tmp_path / "zeros.npz", tmp_path / "ones.npz"
-    sample(trained_with_classes.path, "--n", 4, "--out", turns)
-    sample(trained_with_classes.path, "--n", 4, "--label", 0, "--out", zeros)
-    sample(trained_with_classes.path, "--n", 4, "--label", 1, "--out", ones)
-    assert np.load(ones)["labels"].tolist() == [1] * 4
-    turns, zeros, ones = map(arrays, (turns, zeros, ones))
+    found = []
+    for k, label in enumerate(([], ["--label", 0], ["--label", 1])):
+        sample(trained_with_classes.path, "--n", 4, *label, "--out", tmp_path / f"{k}.npz")
+        found.append(arrays(tmp_path / f"{k}.npz"))
+    turns, zeros, ones = found
+    assert np.load(tmp_path / "2.npz")["labels"].tolist() == [1] * 4
     assert np.array_equal(turns[::2], zeros[::2]) and np.array_equal(turns[1::2], ones[1::2])
     assert not np.array_equal(zeros, ones)
-
-
-def test_a_grid_has_a_class_for_each_row(trained_with_classes, tmp_path, monkeypatch):
-    asked = []
-
-    def spy(model, start, stop, steps, seed, labels, grid):
-        asked.extend(labels.tolist())
-        return generate(model, start, stop, steps, seed, labels, grid)
-
-    monkeypatch.setattr("meanflow.training.model.generate", spy)
-    sample(trained_with_classes.path, "--n", 6, "--columns", 3, "--out", tmp_path / "s.png")
-    assert asked == [0, 0, 0, 1, 1, 1]
+    model = load(trained_with_classes.path, device=CPU)
+    assert class_labels(model, 6, None, 3).tolist() == [0, 0, 0, 1, 1, 1]  # in a grid a class for each row
 
 
 # --- classifier accuracy -----------------------------------------------------------------------------------------
@@ -262,12 +240,16 @@ def test_wrong_options(trained, trained_with_classes):
         assert "classes must be in 0 … 1" in str(refused(trained_with_classes.path, "--label", label))
 
 
-def test_no_run_there(tmp_path):
+def test_no_run_there(trained, tmp_path):
     assert "no such checkpoint" in str(refused(tmp_path / "nothing"))
     error = refused(tmp_path)
     assert isinstance(error, AssetError) and "has no checkpoint yet; train first" in str(error)
     (tmp_path / "notes.txt").write_text("hello")
     assert "cannot be read as a checkpoint" in str(refused(tmp_path / "notes.txt"))
+    content = torch.load(checkpoint_path(trained.checkpoints, 6), weights_only=True)
+    content["ema"]["0.9"].popitem()
+    torch.save(content, tmp_path / "other.pt")
+    assert "do not fit the network" in str(refused(tmp_path / "other.pt"))
 
 
 def test_outs_are_refused_before_any_sampling(trained, tmp_path, monkeypatch):
@@ -302,19 +284,3 @@ def test_samples_that_are_not_finite(trained):
         next(model.network.parameters()).fill_(float("nan"))
     with pytest.raises(NumericsError, match=r"EMA 0\.9 gives samples that are not finite"):
         generate(model, 0, 2, 1, 0)
-
-
-def test_damaged_files_are_one_line_through_the_real_entry_point(trained, tmp_path, capsys):
-    whole = checkpoint_path(trained.checkpoints, 6).read_bytes()
-    numbers = np.random.default_rng(0)
-    lone, codes = tmp_path / "lone.pt", set()
-    for _ in range(60):
-        data = bytearray(whole)
-        for position in [*numbers.integers(0, len(data), 2), int(numbers.integers(len(data) - 9000, len(data)))]:
-            data[position] ^= 1 << int(numbers.integers(8))
-        lone.write_bytes(data)
-        code = run_main(module.main, [str(lone), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s.npz")])
-        error = capsys.readouterr().err
-        assert code in (0, 2, 3, 4) and (code == 0 or error.startswith("error: ")) and error.count("\n") <= 1, error
-        codes.add(code)
-    assert 3 in codes

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from eval.plot import plot
-from eval.sampling.grid import captions, class_labels, columns_of, grid
+from eval.sample import captions, class_labels
+from eval.sampling.grid import columns_of, grid
 from meanflow.errors import AssetError, NumericsError
 from meanflow.training.model import WEIGHTS, Model, generate, model_of, open_checkpoint, to_uint8
 from meanflow.training.run_folder import RunFolder

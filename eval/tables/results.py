@@ -2,21 +2,17 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 from scipy.stats import ttest_ind
 
-from eval.scoring.classifier import (
-    ClassifierAccuracy,
-    accuracy_file,
-    classifier_accuracy,
-    read_accuracy,
-    write_accuracy,
-)
+from eval.scoring.classifier import Agreement, agreement, agreement_file
+from eval.scoring.files import read_json, write_json
 from eval.scoring.score import score_run
 from eval.tables.config import RowConfig, Run, Table
+from meanflow.errors import AssetError
 from meanflow.training.checkpoint import checkpoint_path
 from meanflow.training.metrics import read_metrics
 from meanflow.training.model import load
@@ -33,7 +29,7 @@ class Result:
     """One run. `figures`: {"1-NFE fd-pixels": 1.5, …}, at milestones with their step; `agreement` None if not asked."""
 
     figures: dict[str, float]
-    agreement: ClassifierAccuracy | None
+    agreement: Agreement | None
     cautions: tuple[str, ...]  # why its figures may not stand beside published ones
     process_hours: float  # of training
     device: str  # in words, of its last start
@@ -78,7 +74,7 @@ class Line:
 
     @property
     def agreement(self) -> Mean | None:
-        judged = [result.agreement.accuracy for result in self.results if result.agreement is not None]
+        judged = [result.agreement.agreement for result in self.results if result.agreement is not None]
         return Mean.of(judged) if judged else None
 
 
@@ -118,13 +114,18 @@ def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) ->
     return total
 
 
-def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> ClassifierAccuracy:
+def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> Agreement:
     model = load(checkpoint_path(run.checkpoints, step), device=ctx.device)
-    file, samples = accuracy_file(run, step, model.ema, AGREEMENT_STEPS), model.config.eval.samples
-    found = read_accuracy(file)
-    if found is None or (found.samples, found.seed) != (samples, 0):
-        found = classifier_accuracy(model, samples, AGREEMENT_STEPS)
-        write_accuracy(file, found)
+    file, samples = agreement_file(run, model, AGREEMENT_STEPS), model.config.eval.samples
+    if file.exists():
+        tree = read_json(file)
+        if all(tree.get(key) == value for key, value in (("samples", samples), ("seed", 0))):
+            try:
+                return Agreement(**tree)
+            except TypeError as error:
+                raise AssetError(f"{file}: is not a classifier's result ({error}); move it away") from error
+    found = agreement(model, samples, AGREEMENT_STEPS)
+    write_json(file, asdict(found))
     return found
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from eval.plot import COLOURS, LOG_FROM, MARKERS, plain
-from eval.scoring.score import REAL_VS_REAL_UP_TO, real_vs_real
+from eval.scoring.score import floor
 from eval.tables.config import RowConfig, Run, Table
 from eval.tables.files import write_files
 from eval.tables.results import AGREEMENT, Line, Mean, against_paper
 from meanflow.errors import AssetError, write_errors_named
+from run import FLOOR_UP_TO
 
 GRID_INCHES = 3.2
 
@@ -81,8 +82,8 @@ def notes(table: Table, lines: list[Line], diverged: list[Run], cuda: bool) -> l
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
     said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {_trained(table)}."]
     if recipe.eval.extractor == "pixels":
-        cheap = math.prod(recipe.image_shape) <= REAL_VS_REAL_UP_TO
-        real = f"; between two halves of the real images it is {real_vs_real(recipe):.3f}" if cheap else ""
+        cheap = math.prod(recipe.image_shape) <= FLOOR_UP_TO
+        real = f"; between two halves of the real images it is {floor(recipe):.3f}" if cheap else ""
         said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1], and no FID{real}.")
     if chosen.note:
         said.append(chosen.note)
