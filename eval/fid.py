@@ -31,7 +31,7 @@ from eval.scoring.options import (
     path,
     reference,
 )
-from meanflow.errors import AssetError, NumericsError, UserError, run_main
+from meanflow.errors import AssetError, UserError, run_main
 
 EXIT_CODES = """exit codes:
   0 done   2 usage or things that do not fit together   3 a file, the weights, the disk or memory is missing
@@ -197,6 +197,7 @@ def _make_ref(args: argparse.Namespace) -> int:
     from eval.scoring.files import make_folder
     from eval.scoring.metrics import MetricOptions, Statistics
     from eval.scoring.references import check_reference, write_reference
+    from eval.scoring.threads import interruptible
 
     ctx = _start(args)
     extractor, real = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)
@@ -207,64 +208,19 @@ def _make_ref(args: argparse.Namespace) -> int:
     cache = Cache(make_folder(args.cache)) if args.cache else Cache(work, 0)
     prepared = prepare(real, ("fid",), extractor, cache, work, ctx, "reference")
     if prepared is not None:
-        statistics = prepared.fid if isinstance(prepared.fid, Statistics) else Statistics.of(prepared.fid)
+        found = prepared.fid
+        statistics = found if isinstance(found, Statistics) else interruptible(lambda: Statistics.of(found), ctx.device)
         print(write_reference(args.out, real, statistics, extractor))
         shutil.rmtree(work, ignore_errors=True)
     return 0
 
 
-PUBLISHED_IS, TOLERANCE = 11.2368, 0.01  # of CIFAR-10's 50,000 training images, as torch-fidelity publishes it
-
-
 def _selftest(args: argparse.Namespace) -> int:
-    """The Inception Score of CIFAR-10's training set, and its FID against the test set.
+    from eval.scoring.evaluate import selftest
+    from eval.scoring.extractors import Options
 
-    The score needs no reference: weights, resizing, arithmetic and metric must all be right to meet the published one.
-    Without weights or without CIFAR-10 in --data it prints "skipped" and returns 3. Raises NumericsError if the score
-    is another.
-    """
-    import tempfile
-
-    from torchvision.datasets import CIFAR10
-
-    from eval.scoring.extractors import Options, create
-    from eval.scoring.features import Cache, prepare
-    from eval.scoring.metrics import MetricOptions, compute
-    from eval.scoring.references import open_reference
-    from meanflow.training.processes import gather
-
-    ctx, needed = _start(args), ("isc", "fid")
-
-    def skipped(what: str, reason: object) -> int:
-        if ctx.is_main:
-            print(f"skipped: {what}")
-            print(reason, file=sys.stderr)
-        return AssetError.exit_code
-
-    try:
-        extractor = create(INCEPTION, Options(ctx.device, args.weights, False, args.allow_weights), needed)
-    except AssetError as error:
-        return skipped("no weights", error)
-    if not (args.data / CIFAR10.filename).exists():
-        return skipped("no CIFAR-10", f"{args.data} has no {CIFAR10.filename}")
-    train, test = (open_reference(name, args.data, False) for name in ("cifar10-train", "cifar10-test"))
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(gather(ctx, scratch)[0])  # one folder for all
-        cache = Cache(args.cache or work)
-        seen = prepare(train, needed, extractor, cache, work, ctx, "train", keep=needed)
-        compared = prepare(test, ("fid",), extractor, cache, work, ctx, "test")
-        ctx.barrier()
-    if seen is None or compared is None:
-        return 0
-    features = {extractor.layers[metric]: seen.features[metric] for metric in needed}
-    found = compute(needed, extractor, features, compared.fid, {}, MetricOptions())
-    score = found["isc_mean"]
-    print(f"Inception Score of the training set  {score:.4f}  (published: {PUBLISHED_IS})")
-    print(f"FID of the training set to the test set  {found['fid']:.4f}  (users report about 3.1)")
-    if abs(score - PUBLISHED_IS) > TOLERANCE:
-        raise NumericsError(f"the Inception Score is {score:.4f}, not {PUBLISHED_IS}: FIDs made here compare with none")
-    print("ok")
-    return 0
+    ctx = _start(args)
+    return selftest(Options(ctx.device, args.weights, False, args.allow_weights), args.data, args.cache, ctx)
 
 
 def _start(args: argparse.Namespace):

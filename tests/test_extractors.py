@@ -114,13 +114,13 @@ def test_selftest_knows_the_published_score(tmp_path, monkeypatch, capsys):
         generator = torch.Generator().manual_seed(seed)
         return reference_of_images(torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=generator), name)
 
-    monkeypatch.setattr("eval.scoring.extractors.create", stand_in)
-    monkeypatch.setattr("eval.scoring.references.open_reference", images)
+    monkeypatch.setattr("eval.scoring.evaluate.create", stand_in)
+    monkeypatch.setattr("eval.scoring.evaluate.open_reference", images)
     (tmp_path / "cifar-10-python.tar.gz").touch()
     args = ("selftest", "--data", tmp_path, "--cache", tmp_path / "cache", "--device", "cpu")
     assert fid(*args) == 4
     score = float(capsys.readouterr().out.split("training set  ")[1].split()[0])
-    monkeypatch.setattr("eval.fid.PUBLISHED_IS", score)
+    monkeypatch.setattr("eval.scoring.evaluate.PUBLISHED_IS", score)
     assert fid(*args) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "ok" and shown[1].startswith("FID of the training set to the test set")

@@ -4,24 +4,30 @@ The command line (`eval.fid`) and the job (`eval.scoring.score`) both come throu
 """
 
 import shutil
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torchvision.datasets import CIFAR10
 
+from eval.scoring.extractors import Options, create
 from eval.scoring.features import KEPT_UNASKED, Cache, Prepared, extract_features, images_done, prepare
 from eval.scoring.files import make_folder, write_json
-from eval.scoring.metrics import compute
+from eval.scoring.metrics import MetricOptions, compute
+from eval.scoring.options import INCEPTION
 from eval.scoring.protocol import Request, flat, open_work, protocol, result, up_to_date
-from eval.scoring.references import check_reference
+from eval.scoring.references import check_reference, open_reference
 from eval.scoring.sources import EvalTarget
 from eval.scoring.threads import exit_at_once, interruptible
-from meanflow.errors import AssetError, IncompleteError, UserError
+from meanflow.errors import AssetError, IncompleteError, NumericsError, UserError
 from meanflow.logs import log
-from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, run_on_rank0
+from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, gather, run_on_rank0
 
 CPU_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a core and of a GPU: enough to tell minutes from hours
+PUBLISHED_IS, TOLERANCE = 11.2368, 0.01  # of CIFAR-10's training images, as torch-fidelity publishes it
 
 
 def evaluate(
@@ -205,3 +211,46 @@ def cost_of(request: Request, targets: list[EvalTarget]) -> Cost:
     dims = request.extractor.dims(targets[0].source.shape)
     flops = sum(target.source.flops for target in targets) * n + request.extractor.flops * (n * len(targets) + m)
     return Cost(n, m, len(targets), max(dims[layer] for layer in request.layers), flops)
+
+
+# --- is this installation's FID the usual one? -------------------------------------------------------------------
+
+
+def selftest(options: Options, data: Path, cache: Path | None, ctx: DistributedContext) -> int:
+    """Print the Inception Score of CIFAR-10's training set, and its FID against the test set; the exit code.
+
+    The score needs no reference: weights, resizing, arithmetic and metric must all be right to meet the published one.
+    Nothing is downloaded: without weights or without CIFAR-10 in `data` it says "skipped" and returns 3. Raises
+    NumericsError if the score is another.
+    """
+    metrics = ("isc", "fid")
+    try:
+        extractor = create(INCEPTION, options, metrics)
+    except AssetError as error:
+        return _skipped("no weights", error, ctx)
+    if not (data / CIFAR10.filename).exists():
+        return _skipped("no CIFAR-10", f"{data} has no {CIFAR10.filename}", ctx)
+    train, test = (open_reference(name, data, False) for name in ("cifar10-train", "cifar10-test"))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(gather(ctx, scratch)[0])  # one folder for all
+        seen = prepare(train, metrics, extractor, Cache(cache or work), work, ctx, "train", keep=metrics)
+        compared = prepare(test, ("fid",), extractor, Cache(cache or work), work, ctx, "test")
+        ctx.barrier()
+    if seen is None or compared is None:
+        return 0
+    features = {extractor.layers[metric]: seen.features[metric] for metric in metrics}
+    found = compute(metrics, extractor, features, compared.fid, {}, MetricOptions())
+    score = found["isc_mean"]
+    print(f"Inception Score of the training set  {score:.4f}  (published: {PUBLISHED_IS})")
+    print(f"FID of the training set to the test set  {found['fid']:.4f}  (users report about 3.1)")
+    if abs(score - PUBLISHED_IS) > TOLERANCE:
+        raise NumericsError(f"the Inception Score is {score:.4f}, not {PUBLISHED_IS}: FIDs made here compare with none")
+    print("ok")
+    return 0
+
+
+def _skipped(what: str, reason: object, ctx: DistributedContext) -> int:
+    if ctx.is_main:
+        print(f"skipped: {what}")
+        print(reason, file=sys.stderr)
+    return AssetError.exit_code
