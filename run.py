@@ -180,6 +180,7 @@ def check(args: argparse.Namespace, world: int) -> None:
 
 
 def run_recipe(args: argparse.Namespace) -> int:
+    from eval.scoring.score import cost_line
     from meanflow.training.config import config_to_yaml, load_config
     from meanflow.training.estimate import estimate
     from meanflow.training.processes import leaving_distributed, lost_ranks_explained, start_distributed
@@ -191,7 +192,7 @@ def run_recipe(args: argparse.Namespace) -> int:
         if args.dry_run:
             report = estimate(config, ctx)
             if ctx.is_main:
-                print(config_to_yaml(config), report, sep="\n")
+                print(config_to_yaml(config), report, cost_line(config), sep="\n")
             return 0
         with warned_by_usr1(), lost_ranks_explained(ctx):
             requested = {change.partition("=")[0].strip() for change in args.set}
@@ -206,8 +207,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.reports.curves import plot
     from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
-    from eval.scoring.report import closing_table
-    from eval.scoring.score import ScoreDuring, score_run
+    from eval.scoring.score import ScoreDuring, closing_table, score_run
     from meanflow.logs import log
     from meanflow.training.loop import train
     from meanflow.training.run_folder import RunFolder

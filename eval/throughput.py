@@ -1,4 +1,4 @@
-"""`python -m eval.throughput`: how fast images are scored here, beside torch-fidelity's own extraction.
+"""`bash run.sh throughput`: how fast images are scored here, beside torch-fidelity's own extraction.
 
 The same ready uint8 images pass through torch-fidelity's loop and through ours (features written to disk as in any
 evaluation), alternately, with the same Inception. Without real weights, random ones serve: they take as long.
@@ -57,7 +57,7 @@ def random_inception(path: Path, seed: int = 0) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bash run.sh throughput", description=__doc__)
     parser.add_argument("--n", type=int, default=256, help="images a round (256)")
     parser.add_argument("--batch", type=int, default=32, help="images at a time, for both (32)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts (3)")

@@ -1,30 +1,27 @@
 """Small runs and images for the tests of evaluation."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import torch
+from running import tiny_config
 
 from eval.fid import main
 from meanflow.errors import run_main
 from meanflow.training.checkpoint import save_checkpoint
-from meanflow.training.config import RunConfig, config_to_yaml, load_config
+from meanflow.training.config import RunConfig, config_to_yaml
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState, fresh_state, to_checkpoint
 
-DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
-
-
-def tiny_config(*overrides: str) -> RunConfig:
-    """The demo's recipe with a network of a few thousand weights."""
-    small = ["model.width=8", "model.classes=0", "ema.decays=[0.9, 0.99]", "ema.eval=0.99"]
-    return load_config(DEMO, [*small, *overrides])
+EMAS = {"ema__decays": [0.9, 0.99], "ema__eval": 0.99}
 
 
 def tiny_run(path: Path, config: RunConfig | None = None, step: int = 7) -> tuple[RunFolder, TrainState]:
     """A run folder whose networks are random: nothing is trained. Its two EMAs differ."""
-    config = config or tiny_config()
+    config = config or tiny_config(**EMAS)
     state = fresh_state(config, torch.device("cpu"))
     state.step = step
     generator = torch.Generator().manual_seed(1)
@@ -46,9 +43,45 @@ def grey_blobs(n: int, seed: int, size: int = 8) -> np.ndarray:
 
 
 def fid(*args: object) -> int:
-    """`python -m eval.fid ARGS`: its exit code."""
+    """`bash run.sh fid ARGS`: its exit code."""
     return run_main(main, [str(arg) for arg in args])
 
 
 def result(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def error(capsys) -> str:
+    """The line of the error that was shown last."""
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def count_pieces(patch, at_most: float = float("inf"), end=None, log: Path | None = None) -> list[str]:
+    """Batches of features that are written from now on, by folder and name; `end()` is called before one too many."""
+    import eval.scoring.features as features
+
+    written: list[str] = []
+    write = features.write_npz
+
+    def counted(path: Path, arrays) -> None:
+        if len(written) >= at_most:
+            end()
+        write(path, arrays)
+        if "-" in path.stem and path.stem.replace("-", "").isdecimal():
+            written.append(f"{path.parent.name}/{path.stem}")
+            if log is not None:
+                with log.open("a") as file:
+                    file.write(f"{written[-1]}\n")
+
+    patch.setattr(features, "write_npz", counted)
+    return written
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

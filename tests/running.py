@@ -218,7 +218,7 @@ def gradients_of_step(config: RunConfig, ctx: DistributedContext, step: int, tim
 # --- processes -------------------------------------------------------------------------------------------------
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "sklearn.datasets", "run", "eval.sample", "eval.fid", "running"])
+context.set_forkserver_preload(["torch", "sklearn.datasets", "eval.scoring.score", "running"])
 
 
 class Started:

@@ -5,9 +5,10 @@ import torch
 from fid_helpers import fid
 from sklearn.datasets import load_digits
 
-from eval import extractors, selftest
-from eval.scoring.extractors import INCEPTION, Extractor, Options, create, register
-from eval.scoring.metrics import Statistics, frechet
+from eval.scoring import extractors
+from eval.scoring.extractors import INCEPTION, Extractor, Options, create, dims_of, register
+from eval.scoring.metrics import frechet
+from eval.scoring.options import EXTRACTORS
 from eval.scoring.references import reference_of_images
 from meanflow.errors import AssetError, UserError
 
@@ -29,7 +30,7 @@ def test_the_pixel_scale_on_digits():
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     features = create("pixels", CPU, ["fid"]).extract(images[order])["pixels"]
     assert features.min() == -1 and features.max() == 1
-    assert frechet(Statistics.of(features[:898]), Statistics.of(features[898:])) == pytest.approx(0.28, abs=0.08)
+    assert frechet(features[:898], features[898:]) == pytest.approx(0.28, abs=0.08)
 
 
 def test_only_inception_is_called_fid():
@@ -46,10 +47,13 @@ def by_mean(options, metrics):
 
 
 def test_registered_and_imported_extractors():
+    assert {*EXTRACTORS, "fd-pixels"} == extractors._FACTORIES.keys()  # what --help names
+    shape = (3, 32, 32)
+    assert [dims_of(name, shape) for name in EXTRACTORS] == [2048, 3072, 192]  # no weights are fetched for that
     assert create(f"{__name__}:by_mean", CPU, ["fid"]).name == "mean"
     try:
         register("by-mean", by_mean)
-        assert create("by-mean", CPU, ["fid"]).dims((3, 4, 4)) == {"m": 3}
+        assert create("by-mean", CPU, ["fid"]).dims((3, 4, 4)) == {"m": 3} and dims_of("by-mean", shape) == 3
         with pytest.raises(ValueError, match="already registered"):
             register("by-mean", by_mean)
         with pytest.raises(UserError, match="no features for kid"):
@@ -67,21 +71,18 @@ def test_unknown_weights_are_refused_with_their_hash(tmp_path):
         create(INCEPTION, Options(torch.device("cpu"), path, allow_weights=True), ["fid"])
 
 
-def test_offline_says_how_to_get_the_weights(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    """Offline, or where the download fails: one line, with the ways out."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(AssetError, match=r"no Inception weights at .*--weights FILE"):
+    with pytest.raises(AssetError, match=r"no Inception weights at .*--weights FILE, or --extractor pixels"):
         create(INCEPTION, CPU, ["fid"])
-
-
-def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def refuse(url, path, **kwargs):
         assert kwargs["hash_prefix"] == extractors.INCEPTION_SHA256
         raise OSError("unreachable")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    with pytest.raises(AssetError, match=r"failed \(unreachable\)"):
+    with pytest.raises(AssetError, match=r"failed \(unreachable\).*--extractor pixels"):
         create(INCEPTION, Options(torch.device("cpu"), allow_download=True), ["fid"])
 
 
@@ -99,7 +100,7 @@ def test_selftest_without_weights_is_skipped_and_never_ok(tmp_path, monkeypatch,
 
 
 def test_selftest_knows_the_published_score(tmp_path, monkeypatch, capsys):
-    """The whole of it on stand-ins for weights and data: right is "ok", wrong is exit 4."""
+    """All of it on stand-ins for weights and data: right is "ok", wrong is exit 4."""
 
     def stand_in(name, options, metrics):
         def forward(images):
@@ -113,13 +114,13 @@ def test_selftest_knows_the_published_score(tmp_path, monkeypatch, capsys):
         generator = torch.Generator().manual_seed(seed)
         return reference_of_images(torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=generator), name)
 
-    monkeypatch.setattr(selftest, "create", stand_in)
-    monkeypatch.setattr(selftest, "open_reference", images)
+    monkeypatch.setattr("eval.scoring.evaluate.create", stand_in)
+    monkeypatch.setattr("eval.scoring.evaluate.open_reference", images)
     (tmp_path / "cifar-10-python.tar.gz").touch()
     args = ("selftest", "--data", tmp_path, "--cache", tmp_path / "cache", "--device", "cpu")
     assert fid(*args) == 4
     score = float(capsys.readouterr().out.split("training set  ")[1].split()[0])
-    monkeypatch.setattr(selftest, "PUBLISHED_IS", score)
+    monkeypatch.setattr("eval.scoring.evaluate.PUBLISHED_IS", score)
     assert fid(*args) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "ok" and shown[1].startswith("FID of the training set to the test set")

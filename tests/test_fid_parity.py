@@ -1,35 +1,34 @@
-"""Our numbers are torch-fidelity's, whoever shares the work: 1, 2, 3 processes, any batch, killed and
-resumed.
+"""Our numbers are torch-fidelity's, whoever does the work: 1, 2, 3 processes, any batch, killed and resumed.
 
 Inception has random weights here (nothing is downloaded) and, but for one test, a small input size.
 """
 
+import functools
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fid_worker import SMALL_INPUT
+from fid_helpers import count_pieces, die, fid
+from running import start
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as tf_inception
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from eval.fid import main
 from eval.scoring.extractors import INCEPTION, Options, create
+from eval.scoring.metrics import Statistics, frechet
 from eval.throughput import Images, random_inception
 from meanflow.precision import exact_float32
 
 Network = tf_inception.FeatureExtractorInceptionV3
-WORKER = Path(__file__).parent / "fid_worker.py"
+SMALL_INPUT = 75  # the smallest that Inception takes: a sixteenth of the arithmetic
 N, M, BATCH = 60, 72, 16
-METRICS = "fid,isc,kid,prc"
+ALL_BATCHES = sorted((k, min(k + size, n)) for n, size in ((M, 64), (N, BATCH)) for k in range(0, n, size))
 OURS = {  # torch-fidelity's name → ours
     "frechet_inception_distance": "fid",
     "inception_score_mean": "isc_mean",
@@ -61,12 +60,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_inception():
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Network, "INPUT_IMAGE_SIZE", SMALL_INPUT)
-        torch.set_num_threads(1)
         yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -87,31 +83,12 @@ def truth(folder):
         )
 
 
-def arguments(folder: Path, out: Path, batch: int, cache: Path) -> list[str]:
+def arguments(folder: Path, out: Path, batch: int = BATCH) -> list[str]:
     return [
         *("--samples", str(folder / "fake.npz"), "--ref", str(folder / "real.npz")),
         *("--weights", str(folder / "weights.pth"), "--allow-weights", "--device", "cpu"),
-        *("--metrics", METRICS, "--kid-subset-size", "40", "--batch", str(batch)),
-        *("--out", str(out), "--cache", str(cache)),
+        *("--metrics", "fid,isc,kid,prc", "--kid-subset-size", "40", "--batch", str(batch), "--out", str(out)),
     ]
-
-
-def start(args: list[str], world: int = 1, die_after: int = 0) -> list[subprocess.Popen]:
-    """`world` processes of one evaluation, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [{**env, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} for r in range(world)]
-    command = [sys.executable, str(WORKER), str(die_after), *args]
-    return [subprocess.Popen(command, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-
-
-def finish(ctx: list[subprocess.Popen]) -> list[int]:
-    errors = [process.communicate(timeout=400)[1] for process in ctx]
-    codes = [process.returncode for process in ctx]
-    assert all(code in (0, -9) for code in codes), errors
-    return codes
 
 
 def metrics(out: Path) -> dict[str, float]:
@@ -120,10 +97,35 @@ def metrics(out: Path) -> dict[str, float]:
     return found["metrics"]
 
 
-def assert_equal_to(truth: dict, found: dict) -> None:
-    assert sorted(found) == sorted(OURS.values())
-    for theirs, ours in OURS.items():
-        assert found[ours] == pytest.approx(truth[theirs], rel=1e-6, abs=1e-6), ours
+def names(pieces: list[str]) -> list[tuple[int, ...]]:
+    """The batches that were written, as (start, stop)."""
+    return sorted(tuple(map(int, piece.rpartition("/")[2].split("-"))) for piece in pieces)
+
+
+def worker(log: Path, at_most: float = float("inf")) -> None:
+    """Before `eval.fid` in a process of its own: Inception at the small size; batches noted, and death after a few."""
+    Network.INPUT_IMAGE_SIZE = SMALL_INPUT
+    count_pieces(pytest.MonkeyPatch(), at_most, die, log)
+
+
+def processes(folder: Path, out: Path, world: int, **how) -> tuple[list, Path]:
+    """`world` processes of one evaluation, as torchrun would start them; and the log of the batches they extract."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    log = out.with_suffix(".log")
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    prepare = functools.partial(worker, log, **how)
+    started = [
+        start(
+            *("eval.fid", *arguments(folder, out)),
+            logs=out.parent / "logs" / f"{out.name}{rank}",
+            environment=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {},
+            prepare=prepare,
+        )
+        for rank in range(world)
+    ]
+    return started, log
 
 
 @pytest.fixture(scope="module")
@@ -132,43 +134,42 @@ def single(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("single")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    assert main(arguments(folder, out, BATCH, out / "cache")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        written = count_pieces(patch)
+        assert fid(*arguments(folder, out)) == 0
     torch.set_num_threads(threads)
+    assert names(written) == ALL_BATCHES
     return metrics(out)
 
 
-def test_one_process_equals_torch_fidelity(single, truth):
+@pytest.mark.parametrize("batch", [BATCH, 25])
+def test_metrics_equal_torch_fidelity(batch, single, truth, folder, tmp_path):
     assert truth["inception_score_std"] > 1e-3  # the random network does tell images apart
-    assert_equal_to(truth, single)
-
-
-def test_another_batch_size_equals_torch_fidelity(folder, truth, tmp_path):
-    assert main(arguments(folder, tmp_path, 25, tmp_path / "cache")) == 0
-    assert_equal_to(truth, metrics(tmp_path))
+    if batch != BATCH:
+        assert fid(*arguments(folder, tmp_path, batch)) == 0
+    found = single if batch == BATCH else metrics(tmp_path)
+    assert sorted(found) == sorted(OURS.values())
+    for theirs, ours in OURS.items():
+        assert found[ours] == pytest.approx(truth[theirs], rel=1e-6, abs=1e-6), ours
 
 
 def test_processes_and_death_change_no_bit(folder, single, tmp_path):
-    """Two and three processes; and one that is killed after two batches of the samples, then resumed."""
-    reference_batches = -(-M // 64)
-    doomed = arguments(folder, tmp_path / "killed", BATCH, tmp_path / "killed-cache")
-    three = start(arguments(folder, tmp_path / "three", BATCH, tmp_path / "cache3"), world=3)
-    killed = start(doomed, die_after=reference_batches + 2)
-    assert finish(killed) == [-9]
-    assert not (tmp_path / "killed" / "fake.json").exists()
-    pieces = list((tmp_path / "killed" / "work").glob("*/fake/*.npz"))
-    assert len(pieces) == 2
-    written = {piece: piece.stat().st_mtime_ns for piece in pieces}
-    finish(three)
+    """One, two and three processes extract every batch once; one that is killed amid the samples is resumed."""
+    (killed,), _ = processes(folder, tmp_path / "killed", 1, at_most=4)  # two of the samples
+    assert killed.wait(400).code == -9
+    for world in (2, 3):
+        out = tmp_path / str(world)
+        started, log = processes(folder, out, world)
+        assert [one.wait(400).code for one in started] == [0] * world, started[0].err
+        assert names(log.read_text().splitlines()) == ALL_BATCHES, world
+        assert metrics(out) == single, world
 
-    two = start(arguments(folder, tmp_path / "two", BATCH, tmp_path / "cache2"), world=2)
-    untouched = []
+    assert not (tmp_path / "killed" / "fake.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda path: untouched.append({p: p.stat().st_mtime_ns for p in written}))
-        assert main([*doomed, "--resume"]) == 0
-    assert untouched == [written]
-    finish(two)
-    for out in ("two", "three", "killed"):
-        assert metrics(tmp_path / out) == single, out
+        written = count_pieces(patch)
+        assert fid(*arguments(folder, tmp_path / "killed"), "--resume") == 0
+    assert len(written) == len(ALL_BATCHES) - 4
+    assert metrics(tmp_path / "killed") == single
 
 
 def test_full_size_features_equal_torch_fidelity(folder):
@@ -186,3 +187,19 @@ def test_full_size_features_equal_torch_fidelity(folder):
             found = ours.extract(images)
     for layer in layers:
         assert (found[layer] - expected[layer]).abs().max() < 1e-5 * expected[layer].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "as_statistics"),
+    [(30, 20, False), (30, 300, False), (300, 30, False), (30, 20, True), (30, 300, True), (200, 300, False)],
+)
+def test_the_distance_of_few_samples_is_torch_fidelitys(n, m, as_statistics, monkeypatch):
+    """Without a D × D matrix of a side that has fewer than D; in the last case of neither, though both have more."""
+    dims, random = 100, torch.Generator().manual_seed(0)
+    fake, real = (torch.randn(k, dims, generator=random) @ torch.randn(dims, dims, generator=random) for k in (n, m))
+    theirs = [Statistics.of(x).as_dict() for x in (fake, real)]
+    expected = fid_statistics_to_metric(*theirs, verbose=False)[KEY_METRIC_FID]
+    if min(n, m) > dims:
+        monkeypatch.setattr("eval.scoring.metrics.low_rank", lambda n, dims: True)
+    found = frechet(fake, Statistics.of(real) if as_statistics else real)
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -1,30 +1,28 @@
 """References: every layout of the same statistics gives one number; every unusable file gives its line."""
 
 import pickle
-import tarfile
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from fid_helpers import fid, grey_blobs, result
+from fid_helpers import error, fid, grey_blobs, result, tiny_run
 from PIL import Image
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from running import tiny_config, write_images
+from torch_fidelity.metric_fid import fid_features_to_statistics
 
-M = 40
+from eval.scoring.metrics import Statistics, frechet
+from meanflow.data.dataset import digits
+
+M = 80
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1).float() / 127.5 - 1
 
 
-def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
-    return {k: v.astype(np.float64) for k, v in fid_features_to_statistics(pixels(images)).items()}
-
-
 @pytest.fixture(scope="module")
 def images():
-    return {"fake": grey_blobs(30, 1), "real": 255 - grey_blobs(M, 2) // 2}
+    return {"fake": grey_blobs(70, 1), "real": 255 - grey_blobs(M, 2) // 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,9 @@ def files(tmp_path_factory, images):
     """{layout: path} of one reference, in every layout that is read."""
     root = tmp_path_factory.mktemp("refs")
     np.savez(root / "fake.npz", arr_0=images["fake"])
-    real, stats = images["real"], statistics(images["real"])
-    mu, sigma = stats["mu"], stats["sigma"]
-    out = {name: root / f"{name}.npz" for name in ("edm", "adm", "jax", "images")}
+    real, stats = images["real"], Statistics.of(pixels(images["real"]))
+    mu, sigma = stats.mu, stats.sigma
+    out = {name: root / f"{name}.npz" for name in ("edm", "adm", "jax", "images", "made")}
     np.savez(out["edm"], mu=mu, sigma=sigma)
     np.savez(out["adm"], mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3, :3], arr_0=real[:20])
     np.savez(out["jax"], ref_mu=mu, ref_sigma=sigma)
@@ -45,83 +43,131 @@ def files(tmp_path_factory, images):
     out["folder"].mkdir()
     for k, image in enumerate(real):
         Image.fromarray(image[..., 0]).save(out["folder"] / f"{k:03d}.png")
-    out["zip"], out["tar"] = root / "all.zip", root / "all.tar.gz"
-    with zipfile.ZipFile(out["zip"], "w") as archive, tarfile.open(out["tar"], "w:gz") as tar:
-        for path in sorted(out["folder"].iterdir()):
-            archive.write(path, path.name)
-            tar.add(path, path.name)
-    out["make-ref"] = root / "made.npz"
-    cache = root / "cache"
-    code = fid("make-ref", "--ref", out["images"], "--out", out["make-ref"], "--extractor", "pixels", "--cache", cache)
-    assert code == 0
+    out["run"] = tiny_run(root / "run", tiny_config(data__path=str(out["folder"])))[0].path
+    assert fid("make-ref", "--ref", out["run"], "--out", out["made"]) == 0  # by the run's extractor, pixels
     return {**out, "fake": root / "fake.npz"}
 
 
 def score(files, ref, out, *more) -> int:
-    return fid(
-        *("--samples", files["fake"], "--ref", ref, "--extractor", "pixels"),
-        *("--out", out, "--cache", out / "cache", *more),
-    )
+    return fid("--samples", files["fake"], "--ref", ref, "--extractor", "pixels", "--out", out, *more)
+
+
+def distance(out) -> float:
+    return result(out / "fake.json")["metrics"]["fd-pixels"]
 
 
 def test_every_layout_gives_one_number(files, images, tmp_path):
-    expected = fid_statistics_to_metric(statistics(images["fake"]), statistics(images["real"]), verbose=False)
+    expected = frechet(*(Statistics.of(pixels(images[name])) for name in ("fake", "real")))
     for name, path in files.items():
         if name != "fake":
             assert score(files, path, tmp_path / name) == 0, name
             found = result(tmp_path / name / "fake.json")
             assert list(found["metrics"]) == ["fd-pixels"]  # never "fid"
-            assert found["metrics"]["fd-pixels"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+            assert distance(tmp_path / name) == pytest.approx(expected, rel=1e-6)
             assert not found["comparable"] and len(found["protocol"]["reference"]["sha256"]) == 64
 
 
-def test_make_ref_writes_what_it_is(files):
-    made = np.load(files["make-ref"], allow_pickle=False)
+def test_digits_and_the_training_images_of_a_run(tmp_path):
+    run = tiny_run(tmp_path / "run")[0]
+    np.savez(tmp_path / "fake.npz", arr_0=grey_blobs(70, 1))
+    np.savez(tmp_path / "ref.npz", arr_0=digits("train").images.permute(0, 2, 3, 1).numpy())
+    values = set()
+    for ref in ("digits", run.path, tmp_path / "ref.npz"):
+        more = ("--extractor", "pixels") if ref != run.path else ()  # of a run, the recipe's
+        assert fid("--samples", tmp_path / "fake.npz", "--ref", ref, "--out", tmp_path / "out", *more) == 0
+        assert result(tmp_path / "out" / "fake.json")["protocol"]["reference"]["n"] == 1797
+        values.add(distance(tmp_path / "out"))
+    assert len(values) == 1
+
+
+def test_fewer_images_than_features(images, tmp_path):
+    fake, real = images["fake"][:30], images["real"][:20]
+    np.savez(tmp_path / "fake.npz", arr_0=fake)
+    np.savez(tmp_path / "ref.npz", arr_0=real)
+    for _ in range(2):  # with what was kept of the reference, the second time
+        assert score({"fake": tmp_path / "fake.npz"}, tmp_path / "ref.npz", tmp_path / "out") == 0
+        assert distance(tmp_path / "out") == pytest.approx(frechet(pixels(fake), pixels(real)), rel=1e-9)
+    assert len(list((tmp_path / "out" / "references").glob("*-features.npz"))) == 1
+
+
+def test_make_ref_says_what_it_is_and_keeps_what_is_there(files, tmp_path, capsys):
+    made = np.load(files["made"], allow_pickle=False)
     assert int(made["n"]) == M and str(made["extractor"]) == "pixels"
-    assert "40 images of" in str(made["provenance"]) and "8×8" in str(made["provenance"])
+    assert "80 images of" in str(made["provenance"]) and "8×8" in str(made["provenance"])
+
+    out = tmp_path / "ref.npz"
+    out.write_bytes(b"mine")
+    again = ("make-ref", "--ref", files["images"], "--out", out, "--extractor", "pixels")
+    assert fid(*again) == 2 and "exists already" in error(capsys) and out.read_bytes() == b"mine"
+    assert fid(*again, "--overwrite") == 0 and np.array_equal(np.load(out)["mu"], made["mu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ref.npz"]
+    assert fid("make-ref", "--ref", files["edm"], "--out", tmp_path / "b.npz", "--extractor", "pixels") == 2
+    assert "statistics already" in error(capsys)
+    assert fid("make-ref", "--ref", files["images"], "--out", tmp_path / "b") == 2 and ".npz" in error(capsys)
 
 
-def test_the_cache_goes_by_content_not_by_name(files, images, tmp_path):
+# --- what is kept of them ----------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_goes_by_content_not_by_name(files, images, tmp_path):
     same_name = tmp_path / "ref.npz"
     values = []
     for contents in (images["real"], images["fake"]):
         np.savez(same_name, arr_0=contents)
         assert score(files, same_name, tmp_path / "out") == 0
-        values.append(result(tmp_path / "out" / "fake.json")["metrics"]["fd-pixels"])
+        values.append(distance(tmp_path / "out"))
     assert values[0] > 1 and abs(values[1]) < 1e-4
 
 
-def test_a_damaged_cache_is_made_again(files, tmp_path):
-    more = ("--metrics", "fid,prc")
-    assert score(files, files["images"], tmp_path, *more) == 0
-    first = result(tmp_path / "fake.json")["metrics"]
-    cached = list((tmp_path / "cache").glob("*.npz"))
-    assert len(cached) == 2
-    for path in cached:
-        path.write_bytes(path.read_bytes()[:-200])
-    assert score(files, files["images"], tmp_path, *more) == 0
-    assert result(tmp_path / "fake.json")["metrics"] == first
+def test_it_is_used_again_and_made_again_when_damaged(files, tmp_path):
+    """Features of `fid,prc` and statistics of `fid`, in --cache, else beside the results."""
+    for metrics in ("fid,prc", "fid"):
+        more = ("--metrics", metrics, "--cache", tmp_path / "cache")
+        assert score(files, files["images"], tmp_path / "first", *more) == 0
+        first = result(tmp_path / "first" / "fake.json")["metrics"]
+        (kept,) = (tmp_path / "cache").glob("*-features.npz" if "prc" in metrics else "*-statistics.npz")
+        before = kept.stat().st_mtime_ns
+        assert score(files, files["images"], tmp_path / "again", *more) == 0
+        assert kept.stat().st_mtime_ns == before
+        kept.write_bytes(kept.read_bytes()[:-200])
+        assert score(files, files["images"], tmp_path / "damaged", *more) == 0
+        for out in ("again", "damaged"):
+            assert result(tmp_path / out / "fake.json")["metrics"] == first
+
+
+def test_nothing_large_is_kept_unasked_and_nothing_in_the_users_cache(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert score(files, files["images"], tmp_path / "small") == 0
+    assert len(list((tmp_path / "small" / "references").iterdir())) == 1
+    monkeypatch.setattr("eval.scoring.evaluate.KEPT_UNASKED", 1000)
+    assert score(files, files["images"], tmp_path / "large") == 0
+    assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["fake.json"]
+    assert distance(tmp_path / "small") == distance(tmp_path / "large") and not (tmp_path / "home").exists()
+
+
+# --- what cannot serve -------------------------------------------------------------------------------------------
 
 
 def test_images_beside_adm_statistics_serve_precision_and_recall_only(files, tmp_path, capsys):
     assert score(files, files["adm"], tmp_path, "--metrics", "fid,prc") == 0
     assert "precision-pixels" in result(tmp_path / "fake.json")["metrics"]
     assert score(files, files["adm"], tmp_path, "--metrics", "kid", "--kid-subset-size", 10) == 2
-    assert "20 images, for precision and recall only" in capsys.readouterr().err
+    assert "20 images, for precision and recall only" in error(capsys)
 
 
 def test_statistics_alone_cannot_serve_kid(files, tmp_path, capsys):
-    assert score(files, files["jax"], tmp_path, "--metrics", "fid,kid", "--kid-subset-size", 10) == 2
-    assert "jax.npz holds ref_mu, ref_sigma, and kid needs" in capsys.readouterr().err
+    """Said first, since more samples would not help."""
+    assert score(files, files["jax"], tmp_path, "--metrics", "fid,kid") == 2
+    assert "jax.npz holds ref_mu, ref_sigma, and kid needs" in error(capsys)
 
 
-def broken(mu=None, sigma=None):
-    return {"mu": np.zeros(64) if mu is None else mu, "sigma": np.eye(64) if sigma is None else sigma}
+def broken(mu=None, sigma=None, **more):
+    return {"mu": np.zeros(64) if mu is None else mu, "sigma": np.eye(64) if sigma is None else sigma, **more}
 
 
-UNEVEN = np.eye(64)
+UNEVEN, NEGATIVE = np.eye(64), np.eye(64)
 UNEVEN[0, 1] = 0.5
-NEGATIVE = np.eye(64)
 NEGATIVE[5, 5] = -1
 
 
@@ -133,9 +179,9 @@ NEGATIVE[5, 5] = -1
         (broken(sigma=UNEVEN), 4, "not symmetric"),
         (broken(sigma=NEGATIVE), 4, "negative eigenvalues"),
         (broken(mu=np.zeros(12), sigma=np.eye(12)), 4, "statistics of 12 features and pixels gives 64"),
-        ({"mu": np.array([{"a": 1}], dtype=object), "sigma": np.eye(64)}, 3, "pickled objects"),
+        (broken(mu=np.array([{"a": 1}], dtype=object)), 3, "pickled objects"),
         ({"mu": np.zeros(64)}, 2, "holds mu: a reference needs"),
-        ({**broken(), "extractor": np.str_("inception-v3-compat"), "weights": np.str_("ab" * 32)}, 2, "was made with"),
+        (broken(extractor=np.str_("inception-v3-compat"), weights=np.str_("ab" * 32)), 2, "was made with"),
         ({"arr_0": np.zeros((4, 8, 8, 1), np.float32)}, 2, "images are float32"),
         ({"arr_0": np.zeros((0, 8, 8, 1), np.uint8)}, 2, "zero images"),
         ({"arr_0": np.zeros((4, 8, 8, 2), np.uint8)}, 2, "is not grey or RGB images"),
@@ -146,8 +192,7 @@ NEGATIVE[5, 5] = -1
 def test_unusable_references(arrays, code, line, files, tmp_path, capsys):
     np.savez(tmp_path / "ref.npz", **arrays)
     assert score(files, tmp_path / "ref.npz", tmp_path) == code
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert line in errors[-1] and "ref.npz" in errors[-1] and errors[-1].startswith("error: ")
+    assert line in (shown := error(capsys)) and "ref.npz" in shown
 
 
 class Spy:
@@ -160,24 +205,24 @@ class Spy:
 
 
 def test_a_pickle_is_never_opened(files, tmp_path, capsys):
-    for name, save in {
-        "stats.pt": torch.save,
-        "stats.npz": lambda value, path: path.write_bytes(pickle.dumps(value)),
-    }.items():
-        save({"mu": Spy(), "sigma": Spy()}, tmp_path / name)
+    torch.save({"mu": Spy(), "sigma": Spy()}, tmp_path / "stats.pt")
+    (tmp_path / "stats.npz").write_bytes(pickle.dumps({"mu": Spy(), "sigma": Spy()}))
+    for name in ("stats.pt", "stats.npz"):
         assert score(files, tmp_path / name, tmp_path) == 3
     assert not Spy.opened
     assert "never unpickled" in capsys.readouterr().err
 
 
-def test_missing_and_damaged_files(files, tmp_path, capsys):
+def test_missing_damaged_and_offline(files, tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes(files["edm"].read_bytes()[:500])
-    for ref in ("none.npz", "none.pt", "none", "cut.npz"):
-        assert score(files, tmp_path / ref, tmp_path) == 3, ref
+    for ref, line in (
+        *((tmp_path / name, "no such file") for name in ("none.npz", "none.pt", "none")),
+        (tmp_path / "cut.npz", "not a readable npz"),
+        ("cifar10-train", "downloads are off (--offline)"),
+        ("adm-imagenet256", "downloads are off (--offline)"),
+    ):
+        assert score(files, ref, tmp_path, "--offline", "--data", tmp_path) == 3 and line in error(capsys), ref
     assert fid("--samples", tmp_path / "none", "--ref", files["edm"], "--extractor", "pixels") == 3
-    assert capsys.readouterr().err.count("no such file") == 4
-
-
-def test_cifar10_is_not_fetched_offline(files, tmp_path, capsys):
-    assert score(files, "cifar10-train", tmp_path, "--offline", "--data", tmp_path) == 3
-    assert "downloads are off (--offline)" in capsys.readouterr().err
+    assert "no such file" in error(capsys)
+    colours = write_images(tmp_path / "colours")
+    assert score(files, colours, tmp_path) == 2 and "bring them to one size" in error(capsys)

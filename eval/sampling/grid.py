@@ -94,18 +94,30 @@ def captions(model: Model, labels: Tensor | None, columns: int) -> list[str] | N
     return [names[row[0]] if (row == row[0]).all() else "" for row in rows]
 
 
-def write(images: Tensor, out: Path, columns: int | None = None, captions: list[str] | None = None) -> None:
-    """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs. Raises AssetError."""
+def write(
+    images: Tensor,
+    out: Path,
+    columns: int | None = None,
+    captions: list[str] | None = None,
+    labels: Tensor | None = None,
+) -> None:
+    """uint8 (N, C, H, W) to a grid PNG, an npz (`arr_0`, N×H×W×C) or a folder of numbered PNGs.
+
+    labels (N,): the classes asked for, `labels` in the npz and part of the PNGs' names. Raises AssetError if the disk
+    refuses.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png":
             grid(images, columns_of(len(images), columns), captions).save(out)
         elif out.suffix == ".npz":
-            np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy())
+            classes = {} if labels is None else {"labels": labels.numpy()}
+            np.savez_compressed(out, arr_0=images.permute(0, 2, 3, 1).numpy(), **classes)
         else:
             out.mkdir(exist_ok=True)
             for k, image in enumerate(images):
-                pil(image).save(out / f"{k:06d}.png")
+                name = f"{k:06d}" if labels is None else f"{k:06d}_class{labels[k]}"
+                pil(image).save(out / f"{name}.png")
     except OSError as error:
         raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
 

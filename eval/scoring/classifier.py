@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.scoring.files import read_json, write_json
-from eval.scoring.subjects import Sampling, draw_labels
+from eval.scoring.sources import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError

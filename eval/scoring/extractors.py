@@ -6,6 +6,7 @@ nothing but itself.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from eval.scoring.files import load_tensors, sha256_file
+from eval.scoring.options import INCEPTION, PIXELS, THUMBNAILS
 from meanflow.errors import AssetError, UserError
 from meanflow.precision import exact_float32
 
-INCEPTION = "inception-v3-compat"
 # weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-METRICS = ("fid", "isc", "kid", "prc")
+INCEPTION_FLOPS = 2 * 5.7e9  # an image at 299×299
+INCEPTION_DIMS = 2048
+THUMBNAIL = 8  # pixels a side
+PIXELS_UP_TO = 3072  # numbers in an image (32×32, RGB), above which a recipe's `pixels` becomes `thumbnails`
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Extractor:
 
     `forward` takes uint8 (B, C, H, W) on `device` and gives {layer: (B, D) float32}. `layers` names the layer
     of each metric it can serve. `channels` is what `forward` insists on (None: any). `weights` is the sha256
-    of the weights (None: it has none); `warnings` go into the result.
+    of the weights (None: it has none); `warnings` go into the result; `flops` is about what one image costs.
     """
 
     name: str
@@ -53,15 +57,14 @@ class Extractor:
     channels: int | None = None
     weights: str | None = None
     warnings: tuple[str, ...] = ()
+    flops: float = 0.0
 
     @property
     def is_inception(self) -> bool:
         return self.name == INCEPTION
 
     def label(self, metric: str) -> str:
-        """What a metric is called in tables and results: "fid" for Inception alone, else "fd-<name>" and so
-        on.
-        """
+        """What a metric is called in tables and results: "fid" for Inception alone, else "fd-<name>" and so on."""
         if self.is_inception:
             return metric
         return f"{'fd' if metric == 'fid' else metric}-{self.name}"
@@ -90,13 +93,10 @@ class Extractor:
 
 Factory = Callable[[Options, tuple[str, ...]], Extractor]
 _FACTORIES: dict[str, Factory] = {}
-THUMBNAIL = 8  # pixels a side
 
 
 def register(name: str, factory: Factory) -> None:
-    """Make `factory(options, metrics) -> Extractor` available as `--extractor name`. Raises ValueError if
-    taken.
-    """
+    """Make `factory(options, metrics) -> Extractor` available as `--extractor name`. Raises ValueError if taken."""
     if name in _FACTORIES:
         raise ValueError(f"extractor {name!r} is already registered")
     _FACTORIES[name] = factory
@@ -105,9 +105,11 @@ def register(name: str, factory: Factory) -> None:
 def create(name: str, options: Options, metrics: Iterable[str]) -> Extractor:
     """The extractor `name`, ready for `metrics` ("fid", "isc", "kid", "prc").
 
-    `name` is a registered one, or `module:factory` for one's own (imported from the Python path).
+    `name` is a registered one, or `module:factory` for your own (imported from the Python path).
     Raises UserError for an unknown name or a metric it cannot serve, AssetError for missing weights.
     """
+    if options.weights is not None and not options.weights.is_file():  # also where no weights are needed
+        raise AssetError(f"--weights {options.weights}: no such file")
     metrics = tuple(metrics)
     factory = _FACTORIES.get(name) or _own_factory(name)
     extractor = factory(options, metrics)
@@ -125,6 +127,25 @@ def prefetch(name: str, options: Options) -> None:
         find_inception_weights(options)
 
 
+def dims_of(name: str, shape: tuple[int, int, int]) -> int:
+    """Features of an image of `shape` (C, H, W), without fetching weights. Raises UserError for an unknown name."""
+    if name == INCEPTION:
+        return INCEPTION_DIMS
+    extractor = create(name, Options(torch.device("cpu")), ("fid",))
+    return extractor.dims(shape)[extractor.layers["fid"]]
+
+
+def affordable(name: str, shape: tuple[int, int, int]) -> tuple[str, tuple[str, ...]]:
+    """The extractor to use where a recipe says `name` and images are of `shape` (C, H, W); a line if it is another."""
+    numbers = math.prod(shape)
+    if name not in (PIXELS, f"fd-{PIXELS}") or numbers <= PIXELS_UP_TO:
+        return name, ()
+    return THUMBNAILS, (
+        f"eval.extractor is {name}, but images of {shape[1]}×{shape[2]} are {numbers:,} numbers each, too many for a "
+        f"distance between pixels: scored with {THUMBNAILS}, which averages to {THUMBNAIL}×{THUMBNAIL} first",
+    )
+
+
 def _own_factory(name: str) -> Factory:
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -136,10 +157,10 @@ def _own_factory(name: str) -> Factory:
         raise UserError(f"extractor {name!r} cannot be imported: {error}") from None
 
 
-# --- inception-v3-compat --------------------------------------------------------------------------
+# --- inception-v3-compat -----------------------------------------------------------------------------------------
 
-# FID, KID and precision/recall from the pool, as torch-fidelity's FID; it would take VGG16 for the last by
-# default.
+OTHER_WAYS = "or give fid --weights FILE, or --extractor pixels, which needs none (and is no FID)"
+# FID, KID and precision/recall from the pool, as torch-fidelity's FID; it would take VGG16 for the last by default.
 INCEPTION_LAYERS = {"fid": "2048", "kid": "2048", "prc": "2048", "isc": "logits_unbiased"}
 
 
@@ -165,7 +186,8 @@ def inception(options: Options, metrics: tuple[str, ...]) -> Extractor:
     def forward(images: Tensor) -> dict[str, Tensor]:
         return module.convert_features_tuple_to_dict(module(images))
 
-    return Extractor(INCEPTION, forward, dict(INCEPTION_LAYERS), options.device, 3, digest, warnings)
+    layers_of = dict(INCEPTION_LAYERS)
+    return Extractor(INCEPTION, forward, layers_of, options.device, 3, digest, warnings, INCEPTION_FLOPS)
 
 
 def inception_weights_path() -> Path:
@@ -179,8 +201,6 @@ def find_inception_weights(options: Options) -> Path:
     Raises AssetError if there is none, saying where it was looked for and how to get it.
     """
     if options.weights is not None:
-        if not options.weights.is_file():
-            raise AssetError(f"--weights {options.weights}: no such file")
         return options.weights
     path = inception_weights_path()
     if path.is_file():
@@ -188,15 +208,14 @@ def find_inception_weights(options: Options) -> Path:
     if not options.allow_download:
         raise AssetError(
             f"no Inception weights at {path} and downloads are off: fetch {URL_INCEPTION_V3} elsewhere and put it "
-            "there (eval.fid also takes --weights FILE)"
+            f"there, {OTHER_WAYS}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=True)
     except (URLError, OSError, RuntimeError) as error:
         raise AssetError(
-            f"downloading {URL_INCEPTION_V3} failed ({error}): fetch it elsewhere and put it at {path} "
-            "(eval.fid also takes --weights FILE)"
+            f"downloading {URL_INCEPTION_V3} failed ({error}): fetch it elsewhere and put it at {path}, {OTHER_WAYS}"
         ) from None
     return path
 
@@ -209,20 +228,19 @@ def _check_inception_file(path: Path) -> None:
         raise AssetError(f"{path} holds no Inception weights in torch-fidelity's layout: pass another --weights FILE")
 
 
-# --- pixels ---------------------------------------------------------------------------------------
+# --- pixels ------------------------------------------------------------------------------------------------------
 
 
 def pixels(options: Options, metrics: tuple[str, ...]) -> Extractor:
     """The image itself in the network's range [−1, 1], flattened: for tiny images (digits: 64 dimensions).
 
-    On this scale the distance between two random halves of scikit-learn's digits is 0.28 ± 0.03 (0.07 in [0,
-    1]).
+    On this scale the distance between two random halves of scikit-learn's digits is 0.28 ± 0.03 (0.07 in [0, 1]).
     """
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         return {"pixels": images.flatten(1).float() / 127.5 - 1}
 
-    return Extractor("pixels", forward, {"fid": "pixels", "kid": "pixels", "prc": "pixels"}, options.device)
+    return Extractor(PIXELS, forward, dict.fromkeys(("fid", "kid", "prc"), "pixels"), options.device)
 
 
 def thumbnails(options: Options, metrics: tuple[str, ...]) -> Extractor:
@@ -236,10 +254,10 @@ def thumbnails(options: Options, metrics: tuple[str, ...]) -> Extractor:
         return {"thumbnails": small.flatten(1)}
 
     layers = dict.fromkeys(("fid", "kid", "prc"), "thumbnails")
-    return Extractor("thumbnails", forward, layers, options.device)
+    return Extractor(THUMBNAILS, forward, layers, options.device)
 
 
 register(INCEPTION, inception)
-register("thumbnails", thumbnails)
-register("pixels", pixels)
-register("fd-pixels", pixels)
+register(PIXELS, pixels)
+register(f"fd-{PIXELS}", pixels)
+register(THUMBNAILS, thumbnails)

@@ -1,12 +1,13 @@
-"""Features of a source of images, extracted batch by batch by any number of processes, and resumable.
+"""Features of images, extracted batch by batch by any number of processes, and resumable.
 
-Batch k is the samples [kB, (k+1)B), the last one shortened to end at N: the partition depends on N and B
-alone. Process `rank` of `world` takes the batches with k mod world = rank, whole, so every convolution sees
-the same batch whoever runs it, and the merged features are equal to the last bit for any number of processes.
+Batch k is the images [kB, (k+1)B), the last one shortened to end at N: the partition depends on N and B alone.
+Process `rank` of `world` takes the batches with k mod world = rank, whole, so every convolution sees the same batch
+whoever runs it, and the merged features are equal to the last bit for any number of processes.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,18 @@ import torch
 from torch import Tensor
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, write_npz
+from eval.scoring.files import NpzFile, sha256_json, write_npz
+from eval.scoring.metrics import Statistics, low_rank
+from eval.scoring.references import Reference
 from eval.scoring.sources import Source
-from eval.scoring.workers import each
+from eval.scoring.threads import each, interruptible
 from meanflow.errors import AssetError, NumericsError
 from meanflow.logs import progress_bar
 from meanflow.precision import exact_float32
 from meanflow.training.processes import DistributedContext, run_on_rank0
+
+REFERENCE_BATCH = 64  # fixed, so that a reference does not depend on the batch its user asks for
+KEPT_UNASKED = 100 * 2**20  # bytes of a reference's features or statistics that are kept beside the results
 
 
 def batches(n: int, batch: int) -> Iterator[tuple[int, int]]:
@@ -37,7 +43,7 @@ def extract_features(
     ctx: DistributedContext,
     title: str | None = None,
 ) -> dict[str, Tensor] | None:
-    """{layer: (N, D) float32} in sample order on process 0, None on the others.
+    """{layer: (N, D) float32} in sample order on rank 0, None on the others.
 
     Each batch's features are written to `work` as they come; those that are there and whole are not computed
     again, so the folder must belong to this source, extractor and batch (see `eval.scoring.protocol.open_work`).
@@ -64,9 +70,7 @@ def extract_features(
             # The processes keep pace with each other: one's batch stands for a batch of each.
             bar.update(min(count * ctx.world, source.n - bar.n))
     ctx.barrier()
-    if not ctx.is_main:
-        return None
-    return _merge(work, pieces, layers)
+    return interruptible(lambda: _merge(work, pieces, layers), extractor.device) if ctx.is_main else None
 
 
 def images_done(work: Path) -> int:
@@ -102,3 +106,90 @@ def _merge(work: Path, pieces: list[tuple[int, int]], layers: Sequence[str]) -> 
                 "the extractor's weights or arithmetic are broken"
             )
     return merged
+
+
+# --- of a reference's images -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the metrics need of a reference: for fid statistics, or if M < D features (M, D); for kid, prc features."""
+
+    fid: Statistics | Tensor | None
+    features: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of npz files, named by the hash of what they were made of. Larger ones than `limit` are not kept."""
+
+    folder: Path
+    limit: float = float("inf")  # bytes
+
+    def read(self, name: str, arrays: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """The arrays under these names; None if the file is absent or damaged, and has to be made again."""
+        path = self.folder / f"{name}.npz"
+        try:
+            file = NpzFile(path) if path.exists() else {}
+            return {array: file[array] for array in arrays}
+        except (AssetError, KeyError):
+            return None
+
+    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        if sum(array.nbytes for array in arrays.values()) <= self.limit:
+            write_npz(self.folder / f"{name}.npz", arrays)
+
+
+def prepare(
+    reference: Reference,
+    metrics: tuple[str, ...],
+    extractor: Extractor,
+    cache: Cache,
+    work: Path,
+    ctx: DistributedContext,
+    title: str | None = None,
+    keep: tuple[str, ...] = ("kid", "prc"),
+) -> Prepared | None:
+    """What `metrics` need of the reference (for those in `keep`, features), on rank 0 (None on the others).
+
+    Taken from `cache`, whose keys are the content (hash of the images' bytes, extractor and weights), never a name;
+    else extracted in `work`.
+    """
+    needing = [m for m in metrics if m in keep]
+    fid = "fid" in metrics and reference.statistics is None
+    if not needing and not fid:
+        return Prepared(reference.statistics, {}) if ctx.is_main else None
+    images = reference.images
+    assert images is not None
+    layers = sorted({extractor.layers[m] for m in (*needing, *(["fid"] if fid else []))})
+    key = sha256_json([images.digest, extractor.name, extractor.weights, layers])[:32]
+    few = fid and low_rank(images.n, extractor.dims(images.shape)[extractor.layers["fid"]])
+
+    def cached() -> Prepared | None:
+        if not needing and not few:
+            found = cache.read(f"{key}-statistics", ("mu", "sigma"))
+            return None if found is None else Prepared(Statistics(**found), {})
+        found = cache.read(f"{key}-features", layers)
+        if found is None or any(len(value) != images.n for value in found.values()):
+            return None
+        return finish({layer: torch.from_numpy(value) for layer, value in found.items()})
+
+    def finish(features: dict[str, Tensor]) -> Prepared:
+        side: Statistics | Tensor | None = reference.statistics
+        if fid:
+            all_of_them = features[extractor.layers["fid"]]
+            side = all_of_them if few else interruptible(lambda: Statistics.of(all_of_them), extractor.device)
+        return Prepared(side, {m: features[extractor.layers[m]] for m in needing})
+
+    found = cached() if ctx.is_main else None
+    if run_on_rank0(ctx, lambda: found is not None):
+        return found
+    features = extract_features(images, extractor, layers, REFERENCE_BATCH, work / f"reference-{key}", ctx, title)
+    if features is None:
+        return None
+    prepared = finish(features)
+    if not needing and not few:
+        cache.write(f"{key}-statistics", prepared.fid.as_dict())
+    else:
+        cache.write(f"{key}-features", {layer: value.numpy() for layer, value in features.items()})
+    return prepared

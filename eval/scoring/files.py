@@ -37,13 +37,18 @@ def sha256_images(images: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def default_cache() -> Path:
-    """Where features of references are kept between evaluations."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meanflow" / "references"
-
-
 def sha256_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def make_folder(path: Path) -> Path:
+    """Make the folder `path` and write into it, to know before long work. Raises AssetError if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise AssetError(f"{path}: cannot be written ({error.strerror or error}); name another folder") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

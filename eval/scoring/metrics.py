@@ -1,7 +1,7 @@
 """FID, IS, KID, precision and recall: torch-fidelity's own functions, called with care.
 
-Nothing is computed here. What is here is what torch-fidelity 0.4 does not do for its caller: both sides of a
-distance in float64, no setting that is silently ignored, one extractor for all metrics.
+What is here is what torch-fidelity 0.4 does not do for its caller: both sides of a distance in float64, no setting
+that is silently ignored, one extractor for all metrics, and the Fréchet distance of few samples without D × D matrices.
 """
 
 from dataclasses import dataclass
@@ -52,29 +52,65 @@ class MetricOptions:
     rng_seed: int = DEFAULTS["rng_seed"]
 
 
-def frechet(fake: Statistics, real: Statistics) -> float:
-    """The Fréchet distance."""
-    return fid_statistics_to_metric(fake.as_dict(), real.as_dict(), verbose=False)[KEY_METRIC_FID]
+# --- the Fréchet distance ----------------------------------------------------------------------------------------
+
+
+def low_rank(n: int, dims: int) -> bool:
+    """Whether n features of `dims` numbers are kept as they are, rather than as a covariance of rank n − 1."""
+    return n < dims
+
+
+def frechet(fake: Tensor | Statistics, real: Tensor | Statistics) -> float:
+    """The Fréchet distance between features (N, D) float32, N ≥ 2; either side may be their statistics instead.
+
+    torch-fidelity computes it from two D × D covariances. Where a side has fewer samples than dimensions the same
+    number comes from its centred features: with A = (x − mean)/√(N − 1), so that Σ₁ = AᵀA, and Σ₂ = BᵀB,
+    tr (Σ₁Σ₂)^½ = ‖ABᵀ‖_* (the sum of singular values) = tr (AΣ₂Aᵀ)^½, of an N × M or N × N matrix.
+    """
+    fake, real = (x if isinstance(x, Statistics) or low_rank(*x.shape) else Statistics.of(x) for x in (fake, real))
+    if isinstance(fake, Statistics) and isinstance(real, Statistics):
+        return fid_statistics_to_metric(fake.as_dict(), real.as_dict(), verbose=False)[KEY_METRIC_FID]
+    if isinstance(fake, Statistics):
+        fake, real = real, fake  # the distance is symmetric
+    mu, a = _centred(fake)
+    if isinstance(real, Statistics):
+        other_mu, other_trace = real.mu, np.trace(real.sigma)
+        root = np.sqrt(np.linalg.eigvalsh(a @ real.sigma @ a.T).clip(0)).sum()
+    else:
+        other_mu, b = _centred(real)
+        other_trace = (b**2).sum()
+        root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(((mu - other_mu) ** 2).sum() + (a**2).sum() + other_trace - 2 * root)
+
+
+def _centred(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,), as torch-fidelity's, and A (N, D) with Σ = AᵀA; float64."""
+    x = features.numpy()
+    wide = x.astype(np.float64)
+    return x.mean(axis=0).astype(np.float64), (wide - wide.mean(axis=0)) / (len(x) - 1) ** 0.5
+
+
+# --- all metrics -------------------------------------------------------------------------------------------------
 
 
 def compute(
     metrics: tuple[str, ...],
     extractor: Extractor,
     features: dict[str, Tensor],
-    reference_statistics: Statistics | None,
+    reference: Statistics | Tensor | None,
     reference_features: dict[str, Tensor],
     options: MetricOptions,
 ) -> dict[str, float]:
     """The chosen `metrics` of generated `features` {layer: (N, D)}, under the names `extractor.label` gives.
 
-    `reference_statistics` is needed for fid; `reference_features` {metric: (M, D)} for kid and prc.
+    For fid: `reference`, statistics or features (M, D). For kid and prc: `reference_features`, {metric: (M, D)}.
     Raises NumericsError for a metric that is not a finite number.
     """
     layer = extractor.layers
     out: dict[str, float] = {}
     if "fid" in metrics:
-        assert reference_statistics is not None
-        out[extractor.label("fid")] = frechet(Statistics.of(features[layer["fid"]]), reference_statistics)
+        assert reference is not None
+        out[extractor.label("fid")] = frechet(features[layer["fid"]], reference)
     if "isc" in metrics:
         found = isc_features_to_metric(
             features[layer["isc"]], splits=options.isc_splits, shuffle=True, rng_seed=options.rng_seed

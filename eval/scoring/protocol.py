@@ -1,8 +1,8 @@
 """What is recorded beside a number, so that it can be made again: the protocol, its hash, the result file.
 
-A result is JSON: `schema` (the layout's version), `status` ("complete" or "incomplete"), `metrics`,
-`comparable`, `protocol` (all that the numbers depend on), `subject` (which run, step, checkpoint),
-`circumstances` (what they do not depend on: command, time, processes, seconds) and `warnings`.
+A result is JSON: `schema` (the layout's version), `status` ("complete" or "incomplete"), `metrics`, `comparable`,
+`protocol` (all that the numbers depend on), `subject` (which run, step, checkpoint), `circumstances` (what they do not
+depend on: command, time, processes, seconds) and `warnings`.
 """
 
 import datetime
@@ -20,30 +20,20 @@ import torch_fidelity
 from eval.scoring.extractors import Extractor
 from eval.scoring.files import read_json, sha256_json, write_json
 from eval.scoring.metrics import MetricOptions
+from eval.scoring.options import FULL_N
 from eval.scoring.references import Reference
-from eval.scoring.sources import Source
+from eval.scoring.sources import EvalTarget
 from meanflow.errors import UserError
 
 SCHEMA = 1
-FULL_N = 50_000  # what "FID" means without another number beside it
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to score: `source` under a file-safe `name`; `how` (steps, EMA, …) is part of the protocol.
-
-    `subject` says what was scored without changing the numbers (run folder, step, images seen).
-    """
-
-    name: str
-    source: Source
-    how: dict
-    subject: dict
 
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation: `metrics` of some variants, all against `reference`, all through `extractor`."""
+    """One evaluation: `metrics` of some targets, all against `reference`, all through `extractor`.
+
+    `out` is where results go, and `cache` where features of references are kept (None: small ones, beside the results).
+    """
 
     metrics: tuple[str, ...]
     extractor: Extractor
@@ -51,17 +41,22 @@ class Request:
     options: MetricOptions
     batch: int
     out: Path
-    cache: Path
+    cache: Path | None
     resume: str  # "fresh", "continue" (refused if only other evaluations lie unfinished) or "reuse" (results too)
 
+    @property
+    def layers(self) -> list[str]:
+        """Of the extractor, as far as the metrics need them."""
+        return sorted({self.extractor.layers[metric] for metric in self.metrics})
 
-def protocol(request: Request, variant: Variant) -> dict:
-    """All that a variant's numbers depend on. Plain JSON; equal for any number of processes."""
+
+def protocol(request: Request, target: EvalTarget) -> dict:
+    """All that a target's numbers depend on. Plain JSON; equal for any number of processes."""
     extractor = request.extractor
     return {
-        "n": variant.source.n,
-        "samples": variant.source.describe(),
-        **variant.how,
+        "n": target.source.n,
+        "samples": target.source.describe(),
+        **target.how,
         "metrics": list(request.metrics),
         "metric_options": asdict(request.options),
         "extractor": extractor.name,
@@ -87,11 +82,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def settings(request: Request, variants: list[Variant]) -> dict:
-    """The protocols of a whole request, {variant: protocol}: what a resumed evaluation must share."""
-    return {variant.name: protocol(request, variant) for variant in variants}
-
-
 def flat(value: object, prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} → {"a.b": 1}, for comparing settings and naming what differs."""
     if not isinstance(value, dict):
@@ -102,57 +92,56 @@ def flat(value: object, prefix: str = "") -> dict[str, object]:
     return out
 
 
-def open_work(root: Path, wanted: dict, resume: str) -> Path:
-    """The folder for the pieces of an evaluation with the settings `wanted`, under `root`.
+def open_work(root: Path, protocols: dict[str, dict], resume: str) -> Path:
+    """The folder under `root` for the pieces of an evaluation: {target: protocol}, whose hash is its name.
 
-    Its name is the settings' hash. It may hold pieces already, unless `resume` is "fresh". Raises UserError if that
-    is "continue" and only evaluations with other settings lie unfinished there.
+    It may hold pieces already, unless `resume` is "fresh". Raises UserError if that is "continue" and only evaluations
+    with other settings lie unfinished there.
     """
-    folder = root / sha256_json(wanted)[:16]
+    folder = root / sha256_json(protocols)[:16]
     unfinished = sorted(root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
     if folder.exists() and resume == "fresh":
         shutil.rmtree(folder)
     elif resume == "continue" and unfinished and not folder.exists():
-        other, mine = flat(read_json(unfinished[-1])), flat(wanted)
+        other, mine = flat(read_json(unfinished[-1])), flat(protocols)
         differing = sorted(k for k in {*other, *mine} if other.get(k) != mine.get(k))
         key = differing[0]
         raise UserError(
             f"--resume: the unfinished evaluation {unfinished[-1].parent} has other settings ({key}: "
-            f"{other.get(key)} there, "
-            f"{mine.get(key)} here): repeat its command, or drop --resume to begin anew"
+            f"{other.get(key)} there, {mine.get(key)} here): repeat its command, or drop --resume to begin anew"
         )
     if not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", wanted)
+        write_json(folder / "settings.json", protocols)
     return folder
 
 
-def stands(path: Path, wanted: dict) -> dict | None:
-    """The complete result at `path` if it was made under the protocol `wanted`."""
+def up_to_date(path: Path, protocol: dict) -> dict | None:
+    """The complete result at `path` if it was made under this very protocol."""
     if not path.exists():
         return None
     found = read_json(path)
-    same = found.get("status") == "complete" and found.get("protocol") == json.loads(json.dumps(wanted))
+    same = found.get("status") == "complete" and found.get("protocol") == json.loads(json.dumps(protocol))
     return found if same else None
 
 
 def result(
     request: Request,
-    variant: Variant,
+    target: EvalTarget,
     status: str,
     metrics: dict[str, float],
     warnings: list[str],
     circumstances: dict,
 ) -> dict:
-    """The JSON of one variant, as described at the top of this file."""
+    """The JSON of one target, as described at the top of this file."""
     known = request.extractor.is_inception and not request.extractor.warnings
     return {
         "schema": SCHEMA,
-        "name": variant.name,
+        "name": target.name,
         "status": status,
         "metrics": metrics,
-        "comparable": status == "complete" and known and variant.source.n >= FULL_N,
-        "protocol": protocol(request, variant),
-        "subject": variant.subject,
+        "comparable": status == "complete" and known and target.source.n >= FULL_N,
+        "protocol": protocol(request, target),
+        "subject": target.about,
         "circumstances": {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -164,7 +153,7 @@ def result(
 
 
 def table(results: list[dict]) -> str:
-    """Results as text: one row a variant. Fewer than 50,000 samples: "not comparable"."""
+    """Results as text, a row for each target. Fewer than 50,000 samples: "not comparable"."""
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     rows = [["", *names, "N", ""]]
     for item in results:

@@ -1,33 +1,39 @@
 """What samples are compared with: statistics from a file, or images whose statistics are extracted once.
 
 A file is judged by what it holds. Every common layout is read: `mu, sigma` (EDM, pytorch-fid and `make-ref`),
-`mu, sigma, mu_s, sigma_s, arr_0` (ADM, whose 10,000 images serve precision and recall only), `ref_mu,
-ref_sigma` (the JAX release), `arr_0` alone (images), torch-fidelity's cached `.pt`, and a folder, zip or tar
-of images."""
+`mu, sigma, mu_s, sigma_s, arr_0` (ADM, whose 10,000 images serve precision and recall only), `ref_mu, ref_sigma` (the
+JAX release), `arr_0` alone (images), torch-fidelity's cached `.pt`, a folder, zip or tar of images, and a run folder,
+which stands for the images it was trained on.
+"""
 
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch_fidelity
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, load_tensors, numpy_classes, sha256_file
+from eval.scoring.files import NpzFile, load_tensors, numpy_classes, sha256_file, write_npz
 from eval.scoring.metrics import MetricOptions, Statistics
+from eval.scoring.options import ADM, CIFAR10_SPLITS, DIGITS
 from eval.scoring.sources import ImagesSource, images_from_array, read_images
-from meanflow.data import DataConfig, load_dataset
+from eval.scoring.threads import interruptible
+from meanflow.data import DataConfig, LatentsConfig, load_dataset
+from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, NumericsError, UserError
+from meanflow.training.config import RunConfig, load_config
+from meanflow.training.run_folder import RunFolder
 
-CIFAR10_SPLITS = {"cifar10-train": "train", "cifar10-test": "test"}
-ADM = "adm-imagenet256"  # ADM's statistics of ImageNet's training images at 256², and 10,000 of them
 ADM_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
 NUMBERS = "fiu"  # numpy's kinds
-NAMED = (*CIFAR10_SPLITS, ADM)
+DOWNLOADS = "data"  # where references are kept, if the recipe has no folder for downloads
 
 
 @dataclass(frozen=True)
@@ -60,21 +66,24 @@ class Reference:
 
 
 def open_reference(spec: str, data_root: Path, allow_download: bool) -> Reference:
-    """Open `--ref`: a name in `NAMED`, or a path. Statistics are validated; nothing is extracted.
+    """Open `--ref`: a name in `options.NAMED`, or a path. Statistics are validated; nothing is extracted.
 
     What a name stands for is looked for in `data_root`, and fetched there if `allow_download`.
 
-    Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError
-    otherwise.
+    Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError otherwise.
     """
+    if spec == DIGITS:
+        return reference_of_images(digits("train").images, spec)
     if spec == ADM:
         return _from_npz(_adm_file(data_root, allow_download))
     if spec in CIFAR10_SPLITS:
         if not allow_download and not (data_root / CIFAR10.filename).exists():
             raise AssetError(f"{data_root} has no {CIFAR10.filename} and downloads are off (--offline)")
-        config = DataConfig("images", "cifar10", str(data_root), None, CIFAR10_SPLITS[spec], augment_p=0.0, flip=False)
+        config = DataConfig(source="cifar10", root=str(data_root), split=CIFAR10_SPLITS[spec])
         return reference_of_images(load_dataset(config, 32, 3).images, spec)
     path = Path(spec)
+    if (run := RunFolder(path)).config_file.is_file():
+        return training_images(load_config(run.config_file), allow_download)
     if path.suffix in (".pt", ".pth"):
         return _from_torch_fidelity(path)
     if path.suffix == ".npz":
@@ -95,6 +104,34 @@ def _adm_file(data_root: Path, allow_download: bool) -> Path:
     except OSError as error:  # URLError is one
         raise AssetError(f"{ADM} cannot be downloaded ({error}): {by_hand}") from error
     return path
+
+
+def recipe_reference(config: RunConfig, allow_download: bool = True) -> Reference:
+    """What the recipe compares samples with: `eval.reference`, else its training images.
+
+    Raises AssetError where it is not there, and UserError where a latent recipe names none.
+    """
+    if config.eval.reference is None:
+        return training_images(config, allow_download)
+    root = config.data.root if isinstance(config.data, DataConfig) else DOWNLOADS
+    return open_reference(config.eval.reference, Path(root).expanduser(), allow_download)
+
+
+def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
+    """A run's own training images, as they are: not flipped, not augmented.
+
+    Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded), and UserError for latents of
+    image files, of which the images are not kept.
+    """
+    data, (channels, size, _) = config.data, config.image_shape
+    if isinstance(data, LatentsConfig):
+        if data.source != DIGITS:
+            raise UserError("of latents the images are not kept: name statistics or images as eval.reference or --ref")
+        return reference_of_images(digits(data.split).images, f"digits-{data.split}")
+    if data.path is None and data.source == "cifar10":
+        return open_reference(f"cifar10-{data.split}", Path(data.root).expanduser(), allow_download)
+    images = load_dataset(data, size, channels).images
+    return reference_of_images(images, data.path or f"{data.source}-{data.split}")
 
 
 def reference_of_images(images: Tensor, spec: str) -> Reference:
@@ -155,9 +192,7 @@ def _from_torch_fidelity(path: Path) -> Reference:
 
 
 def validated(mu, sigma, origin: str) -> Statistics:
-    """Statistics in float64. Raises NumericsError, naming `origin`, unless they can be a mean and a
-    covariance.
-    """
+    """Statistics in float64. Raises NumericsError, naming `origin`, unless they can be a mean and a covariance."""
     try:
         mu, sigma = np.asarray(mu), np.asarray(sigma)
         if mu.dtype.kind not in NUMBERS or sigma.dtype.kind not in NUMBERS:
@@ -173,7 +208,8 @@ def validated(mu, sigma, origin: str) -> Statistics:
     if np.abs(sigma - sigma.T).max() > 1e-5 * scale:
         raise NumericsError(f"{origin}: sigma is not symmetric, so it is no covariance")
     # float32 files have eigenvalues a little below zero; anything more is no covariance.
-    if np.linalg.eigvalsh(sigma)[0] < -1e-4 * scale * len(mu) ** 0.5:
+    smallest = interruptible(lambda: np.linalg.eigvalsh(sigma)[0], torch.device("cpu"))
+    if smallest < -1e-4 * scale * len(mu) ** 0.5:
         raise NumericsError(f"{origin}: sigma has negative eigenvalues, so it is no covariance")
     return Statistics(mu, sigma)
 
@@ -241,3 +277,24 @@ def who_made(made_by: tuple[str, str]) -> str:
 
 def size_words(shape: tuple[int, int, int]) -> str:
     return f"{shape[1]}×{shape[2]} with {shape[0]} channel(s)"
+
+
+def write_reference(path: Path, reference: Reference, statistics: Statistics, extractor: Extractor) -> str:
+    """The npz of `make-ref`: mu, sigma, n, provenance, extractor and weights. Returns the provenance."""
+    assert reference.images is not None
+    made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    provenance = (
+        f"{reference.images.n} images of {reference.spec}, {size_words(reference.images.shape)}, "
+        f"sha256 {reference.digest}; {who_made((extractor.name, extractor.weights or ''))}; "
+        f"torch-fidelity {torch_fidelity.__version__}, torch {torch.__version__}, "
+        f"{extractor.device.type}; {made}"
+    )
+    arrays = {
+        **statistics.as_dict(),
+        "n": np.int64(reference.images.n),
+        "provenance": np.str_(provenance),
+        "extractor": np.str_(extractor.name),
+        "weights": np.str_(extractor.weights or ""),
+    }
+    write_npz(path, arrays)
+    return provenance

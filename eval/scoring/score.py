@@ -1,22 +1,26 @@
 """Scoring a run as its recipe says: at the end of the job, and on a schedule while it trains."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eval.scoring.evaluate import evaluate
-from eval.scoring.extractors import Extractor, Options, create, prefetch
-from eval.scoring.files import default_cache, read_json, write_json
-from eval.scoring.metrics import MetricOptions, Statistics, frechet
+from eval.scoring.evaluate import Cost, evaluate
+from eval.scoring.extractors import INCEPTION_FLOPS, Extractor, Options, affordable, create, dims_of, prefetch
+from eval.scoring.files import read_json, write_json
+from eval.scoring.metrics import MetricOptions, frechet
+from eval.scoring.options import INCEPTION, NAMED
 from eval.scoring.protocol import Request, table
-from eval.scoring.references import NAMED, Reference, check_reference, open_reference, reference_of_images
-from eval.scoring.subjects import Sampling, variants_of
-from meanflow.data import DataConfig, LatentsConfig, load_dataset
-from meanflow.data.dataset import digits
+from eval.scoring.references import Reference, check_reference, recipe_reference
+from eval.scoring.sources import Sampling, sample_flops, targets_of
+from eval.scoring.threads import interruptible
+from meanflow.data import LatentsConfig
 from meanflow.errors import AssetError, UserError
 from meanflow.logs import log
 from meanflow.precision import exact_float32
@@ -31,57 +35,71 @@ from meanflow.training.state import TrainState
 METRICS = ("fid",)
 SEED = 0
 BEST = "best.pt"
+SIZES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1_797}  # images
 REAL_VS_REAL_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
-DOWNLOADS = "data"  # where references are kept, if the recipe has no folder for downloads
 
 
 def preflight(config: RunConfig) -> list[str]:
     """Before training: can this run be scored? Fetches the extractor's weights, VAE and reference if they are not here.
 
     Returns warnings: training does not need a score. Raises UserError for settings that can never work, and
-    AssetError for a reference of one's own that is not there.
+    AssetError for a reference file that is not there.
     """
-    shape = config.image_shape
+    shape, cpu = config.image_shape, torch.device("cpu")
     try:
-        extractor = _extractor(config, torch.device("cpu"))
-        codec_of(config, torch.device("cpu"))
+        extractor = recipe_extractor(config, Options(cpu, allow_download=True), METRICS)
+        codec_of(config, cpu)
     except AssetError as error:
         return [f"this run can be trained but not scored: {error}"]
     extractor.check_image(shape, "this recipe")
     if config.eval.reference is None and not isinstance(config.data, LatentsConfig):
-        return []
+        return list(extractor.warnings)
     try:
-        reference = _reference(config)
+        reference = recipe_reference(config)
     except AssetError as error:
         if config.eval.reference not in NAMED:
             raise
         return [f"this run can be trained but not scored: {error}"]
-    return check_reference(reference, METRICS, extractor, shape, MetricOptions())
+    return [*extractor.warnings, *check_reference(reference, METRICS, extractor, shape, MetricOptions())]
+
+
+def cost_line(config: RunConfig) -> str:
+    """What the score at the end of the job will take, as `--dry-run` says it: nothing is opened or fetched.
+
+    Raises UserError if there is no such extractor.
+    """
+    name, warnings = affordable(config.eval.extractor, config.image_shape)
+    n, steps, data = config.eval.samples, config.eval.steps, config.data
+    named = config.eval.reference is not None  # mostly statistics, which cost nothing
+    m = SIZES.get((data.source, data.split), 0) if not named and getattr(data, "path", None) is None else 0
+    flops = sum(sample_flops(config, count) for count in steps) * n
+    flops += INCEPTION_FLOPS * (n * len(steps) + m) * (name == INCEPTION)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device)
+    lines = [f"{line}{'' if m or named else ', besides the training images'}", *warnings]
+    return "\n".join(f"{label:<18}{text}" for label, text in zip(["scoring", ""], lines, strict=False))
 
 
 def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: Path | None = None) -> list[dict]:
     """Score the checkpoint `what` (None: the newest) with the recipe's EMA at each of `config.eval.steps`.
 
-    Returns the results (main process). They are written to RUN/eval/*.json. What an interrupted
-    call has done is used, and results that stand there already are not made again. Raises what
-    `eval.scoring.evaluate.evaluate` raises.
+    Returns the results (rank 0; elsewhere none). They are written to RUN/eval/*.json. What an interrupted call has done
+    is used, and results that are there and up to date are not made again. Raises what `evaluate` raises.
     """
     path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", config.sample.uint8)
-    variants = variants_of(
-        path, checkpoint, file_sha256(path), repr(config.ema.eval), config.eval.steps, sampling, ctx.device
-    )
-    extractor = _extractor_for_all(config, ctx)
-    results = evaluate(_request(run, config, extractor, _reference(config)), variants, ctx)
-    return [] if results is None else results
+    ema, steps = repr(config.ema.eval), config.eval.steps
+    targets = targets_of(path, checkpoint, file_sha256(path), ema, steps, sampling, ctx.device)
+    request = _request(run, config, _extractor(config, ctx), recipe_reference(config))
+    return evaluate(request, targets, ctx) or []
 
 
 class ScoreDuring:
     """The hook of `meanflow.training.loop.train`: scores every EMA at every `eval.steps`, and keeps the best.
 
     The course of training does not change: the network is not touched (copies are scored), and random states and
-    arithmetic switches are put back. The best checkpoint, by the recipe's EMA at the first of `eval.steps`, is
-    kept as checkpoints/best.pt.
+    arithmetic switches are put back. The best checkpoint, by the recipe's EMA at the first of `eval.steps`, is kept as
+    checkpoints/best.pt.
     """
 
     def __init__(self):
@@ -90,26 +108,19 @@ class ScoreDuring:
     def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, ctx: DistributedContext) -> None:
         with _undisturbed(ctx.device):
             try:
-                extractor = _extractor_for_all(config, ctx)
+                extractor = _extractor(config, ctx)
             except AssetError as error:
                 log.warning(f"step {state.step:,} is not scored: {error}")
                 return
-            self._reference = self._reference or _reference(config)
+            self._reference = self._reference or recipe_reference(config)
             path = checkpoint_path(run.checkpoints, state.step)
             meta = read_json(path.with_suffix(".json"))
             averages = {repr(decay): average for decay, average in state.ema.averages.items()}
             sampling = Sampling(config.eval.every_samples, SEED, "random", config.sample.uint8)
-            variants = variants_of(
-                path,
-                Checkpoint({}, averages, {}, meta),
-                meta["sha256"],
-                "all",
-                config.eval.steps,
-                sampling,
-                ctx.device,
-            )
+            checkpoint, steps = Checkpoint({}, averages, {}, meta), config.eval.steps
+            targets = targets_of(path, checkpoint, meta["sha256"], "all", steps, sampling, ctx.device)
             request = _request(run, config, extractor, self._reference)
-            results = evaluate(request, variants, ctx, progress=False)
+            results = evaluate(request, targets, ctx, progress=False)
         if results is not None:
             log.info(table(results))
             keep_best(path, results, extractor.label("fid"), repr(config.ema.eval), config.eval.steps[0])
@@ -146,60 +157,62 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def recipe_extractor(config: RunConfig, options: Options, metrics: tuple[str, ...]) -> Extractor:
+    """The recipe's, or a cheaper one with a warning where images are too large for it. Raises what `create` raises."""
+    name, warnings = affordable(config.eval.extractor, config.image_shape)
+    extractor = create(name, options, metrics)
+    return replace(extractor, warnings=(*extractor.warnings, *warnings))
+
+
+def _extractor(config: RunConfig, ctx: DistributedContext) -> Extractor:
+    """Rank 0 downloads what is missing before the others look."""
+    options = Options(ctx.device, allow_download=True)
+    run_on_rank0(ctx, lambda: prefetch(config.eval.extractor, options))
+    return recipe_extractor(config, options, METRICS)
+
+
+def _request(run: RunFolder, config: RunConfig, extractor: Extractor, reference: Reference) -> Request:
+    return Request(METRICS, extractor, reference, MetricOptions(), config.eval.batch, run.eval, None, resume="reuse")
+
+
+# --- what the job prints at its end ------------------------------------------------------------------------------
+
+
+def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any]]) -> str:
+    """Scores by NFE, the real-vs-real distance where it is cheap, and where the files are."""
+    cells = [("distance", "value", "samples")]
+    for result in results:
+        for name, value in result["metrics"].items():
+            protocol = result["protocol"]
+            note = "" if result["comparable"] or name.startswith("fd-") else " (not comparable)"
+            cells.append((f"{protocol['nfe']}-NFE {name}{note}", f"{value:.3f}", f"{protocol['n']:,}"))
+    if math.prod(config.image_shape) <= REAL_VS_REAL_UP_TO:
+        cells.append(("two halves of the real images", f"{real_vs_real(config):.3f}", ""))
+    width = max(len(row[0]) for row in cells)
+    lines = [f"{name:<{width}}  {value:>9}  {count:>9}".rstrip() for name, value, count in cells]
+    files = {
+        "samples": run.path / "samples.png",
+        "curves": run.curves,
+        "scores": run.eval,
+        "metrics": run.metrics_file,
+        "weights": run.checkpoints,
+    }
+    return "\n".join(["", *lines, "", *(f"{label:<8}  {path}" for label, path in files.items())])
+
+
 def real_vs_real(config: RunConfig) -> float:
     """The distance between two random halves of the reference images: what a perfect generator would score.
 
     For small extractors such as pixels. Raises UserError if the reference is statistics without images.
     """
-    alone = DistributedContext(0, 1, torch.device("cpu"))
-    extractor = _extractor(config, alone.device)
-    source = _reference(config).images
+    cpu = torch.device("cpu")
+    extractor = recipe_extractor(config, Options(cpu, allow_download=True), METRICS)
+    source = recipe_reference(config).images
     if source is None:
         raise UserError(f"eval.reference {config.eval.reference} has no images to halve")
-    order = torch.randperm(source.n, generator=generator(SEED, "floor"))
+    order = torch.randperm(source.n, generator=generator(SEED, "floor"))  # this stream's name, for the same numbers
     images = source.images(0, source.n)
     halves = (order[: source.n // 2], order[source.n // 2 :])
     with exact_float32():
         features = [extractor.extract(images[half])[extractor.layers["fid"]] for half in halves]
-    return frechet(*(Statistics.of(feature) for feature in features))
-
-
-def _extractor(config: RunConfig, device: torch.device) -> Extractor:
-    return create(config.eval.extractor, Options(device, allow_download=True), METRICS)
-
-
-def _extractor_for_all(config: RunConfig, ctx: DistributedContext) -> Extractor:
-    """The main process downloads what is missing before the others look."""
-    options = Options(ctx.device, allow_download=True)
-    run_on_rank0(ctx, lambda: prefetch(config.eval.extractor, options))
-    return create(config.eval.extractor, options, METRICS)
-
-
-def _reference(config: RunConfig) -> Reference:
-    """Raises AssetError where it is not there, and UserError where a latent recipe names none."""
-    if config.eval.reference is None:
-        return training_images(config)
-    root = config.data.root if isinstance(config.data, DataConfig) else DOWNLOADS
-    return open_reference(config.eval.reference, Path(root), allow_download=True)
-
-
-def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
-    """The run's own training images, as they are: not flipped, not augmented.
-
-    Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded), and UserError for latents of
-    image files, of which the images are not kept.
-    """
-    data, (channels, size, _) = config.data, config.image_shape
-    if isinstance(data, LatentsConfig):
-        if data.source != "digits":
-            raise UserError("eval.reference is null, and of latents the images are not kept: name statistics or images")
-        return reference_of_images(digits(data.split).images, f"digits-{data.split}")
-    if data.path is None and data.source == "cifar10" and not allow_download:
-        return open_reference(f"cifar10-{data.split}", Path(data.root), allow_download)
-    images = load_dataset(data, size, channels).images
-    return reference_of_images(images, data.path or f"{data.source}-{data.split}")
-
-
-def _request(run: RunFolder, config: RunConfig, extractor: Extractor, reference: Reference) -> Request:
-    cache = default_cache()
-    return Request(METRICS, extractor, reference, MetricOptions(), config.eval.batch, run.eval, cache, resume="reuse")
+    return interruptible(lambda: frechet(*features), cpu)

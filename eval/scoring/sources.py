@@ -1,5 +1,6 @@
-"""Where samples come from: whatever can give "images start … stop", the same at each call."""
+"""What is evaluated: image files, or samples of a network under each of several EMAs and time grids."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -9,30 +10,60 @@ from PIL import Image
 from torch import Tensor
 
 from eval.scoring.files import NpzFile, sha256_images
+from eval.scoring.options import steps_name
+from meanflow.data import LatentsConfig
 from meanflow.data.archives import open_source
 from meanflow.data.images import MODES, arrange, load_images
 from meanflow.errors import AssetError, UserError
+from meanflow.random import generator
+from meanflow.sampling import time_grid
+from meanflow.training.checkpoint import Checkpoint
+from meanflow.training.config import RunConfig
+from meanflow.training.estimate import forward_multiply_adds
+from meanflow.training.model import WEIGHTS, Model, generate, model_of, to_uint8
+
+BALANCED, RANDOM = "balanced", "random"
+DECODER_FLOPS = 1.24e12 / 256**2  # of Stable Diffusion's VAE, for each pixel of an image
 
 
 class Source(Protocol):
-    """`n` images of `shape` (C, H, W). Image k is a function of k alone: not of the batch, the process or the
-    call.
+    """`n` images of `shape` (C, H, W). Image k is a function of k alone: not of the batch, the process or the call.
 
-    `images(start, stop)` gives uint8 (stop − start, C, H, W) and raises NumericsError where a sample is not
-    finite. `describe()` is JSON: all that the images depend on, so that an interrupted evaluation continues
-    only its own.
+    `images(start, stop)` gives uint8 (stop − start, C, H, W) and raises NumericsError where a sample is not finite.
+    `describe()` is JSON: all that the images depend on, so that an interrupted evaluation continues only its own.
+    `flops` is about what one image costs.
     """
 
     n: int
     shape: tuple[int, int, int]
+    flops: float
 
     def images(self, start: int, stop: int) -> Tensor: ...
 
     def describe(self) -> dict: ...
 
 
+@dataclass(frozen=True)
+class EvalTarget:
+    """One thing to score: `source` under a `name` that files can have.
+
+    `how` (NFE, time grid, EMA, …) is part of the protocol. `about` says what was scored without changing the numbers
+    (run folder, step, images seen).
+    """
+
+    name: str
+    source: Source
+    how: dict
+    about: dict
+
+
+# --- images that exist -------------------------------------------------------------------------------------------
+
+
 class ImagesSource:
-    """Images that exist: uint8 (N, C, H, W) in memory. Raises UserError for other types and for no images."""
+    """Images in memory: uint8 (N, C, H, W). Raises UserError for other types and for no images."""
+
+    flops = 0.0
 
     def __init__(self, images: Tensor, origin: str):
         if images.dtype != torch.uint8:
@@ -69,8 +100,6 @@ def read_images(path: Path) -> ImagesSource:
 
     Raises AssetError or UserError, naming the file, for what cannot be read or mixes sizes.
     """
-    if not path.exists():
-        raise AssetError(f"{path}: no such file or folder")
     if path.suffix == ".npz":
         file = NpzFile(path)
         if "arr_0" not in file:
@@ -85,7 +114,7 @@ def read_images(path: Path) -> ImagesSource:
 
 
 def _first_image(path: Path) -> tuple[int, int]:
-    """(size, channels) of the first image, which all the others must share."""
+    """(size, channels) of the first image, which all the others must have too."""
     with open_source(str(path)) as source:
         parts = arrange(source, "train").images[0]
         name = source.name(parts)
@@ -101,9 +130,104 @@ def _first_image(path: Path) -> tuple[int, int]:
 
 
 def images_from_array(array: np.ndarray, origin: str) -> ImagesSource:
-    """An ImagesSource of a numpy array (N, H, W, C) or grey (N, H, W). Raises UserError for anything else."""
+    """Images of a numpy array (N, H, W, C) or grey (N, H, W). Raises UserError for anything else."""
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4:
         raise UserError(f"{origin}: an array of shape {array.shape} is not images: save (N, H, W, 3)")
     return ImagesSource(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), origin)
+
+
+# --- samples of a network ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn: `labels` is "random", "balanced" or a class; `quantise` is "round" or "floor"."""
+
+    n: int
+    seed: int
+    labels: str
+    quantise: str
+
+
+class GeneratedSource:
+    """Samples of a network: sample k is a function of (seed, k, times, weights) whatever the batch or process.
+
+    weights: what identifies them, for `describe`. times: the time grid, descending from 1 to 0.
+    """
+
+    def __init__(self, model: Model, weights: str, times: tuple[float, ...], sampling: Sampling):
+        self.n, self.shape = sampling.n, model.config.image_shape
+        self.flops = sample_flops(model.config, len(times) - 1)
+        self._model, self._weights, self._times, self._sampling = model, weights, times, sampling
+        self._labels = draw_labels(sampling, model.config.model.classes)
+
+    def images(self, start: int, stop: int) -> Tensor:
+        labels = None if self._labels is None else self._labels[start:stop]
+        samples = generate(self._model, start, stop, len(self._times) - 1, self._sampling.seed, labels, self._times)
+        return to_uint8(samples, self._sampling.quantise).cpu()
+
+    def describe(self) -> dict:
+        return {
+            "kind": "generated",
+            "weights": self._weights,
+            "seed": self._sampling.seed,
+            "labels": None if self._labels is None else self._sampling.labels,
+            "quantise": self._sampling.quantise,
+        }
+
+
+def sample_flops(config: RunConfig, steps: int) -> float:
+    """Floating-point operations of a sample, about."""
+    decoding = isinstance(config.data, LatentsConfig) and config.data.source != "digits"
+    return 2.0 * steps * forward_multiply_adds(config) + decoding * DECODER_FLOPS * config.image_shape[1] ** 2
+
+
+def draw_labels(sampling: Sampling, classes: int) -> Tensor | None:
+    """(N,) int64 in [0, classes): "random" uniformly, "balanced" k mod classes, or one class; None if unconditional.
+
+    Label k is a function of (seed, k). Raises UserError for a class that is not there.
+    """
+    if sampling.labels not in (RANDOM, BALANCED) and not sampling.labels.isdecimal():
+        raise UserError(f"--labels {sampling.labels!r}: use random, balanced or a class number")
+    if not classes:
+        if sampling.labels != RANDOM:
+            raise UserError(f"--labels {sampling.labels}: this network knows no classes")
+        return None
+    if sampling.labels == RANDOM:
+        return torch.randint(classes, (sampling.n,), generator=generator(sampling.seed, "labels"))
+    if sampling.labels == BALANCED:
+        return torch.arange(sampling.n) % classes
+    if int(sampling.labels) >= classes:
+        raise UserError(f"--labels {sampling.labels}: this network has the classes 0 … {classes - 1}")
+    return torch.full((sampling.n,), int(sampling.labels))
+
+
+def targets_of(
+    path: Path,
+    checkpoint: Checkpoint,
+    digest: str,
+    ema: str | None,
+    steps: tuple[int, ...],
+    sampling: Sampling,
+    device: torch.device,
+    grids: tuple[tuple[float, ...], ...] = (),
+) -> list[EvalTarget]:
+    """Samples of a checkpoint for each EMA × time grid, named like "step00002000-ema0.999-nfe1-n5000".
+
+    ema: a decay, "weights" (or "none"), "all" (every EMA kept), or None for the recipe's. digest: the checkpoint's
+    sha256. grids: time grids besides the even ones of `steps`. Raises UserError for an EMA that is not there.
+    """
+    names = list(checkpoint.ema) if ema == "all" else [WEIGHTS if ema == "none" else ema]
+    times = {steps_name(count): time_grid(count) for count in steps} | {steps_name(0, grid): grid for grid in grids}
+    out = []
+    for name in names:
+        model = model_of(path, checkpoint, name, device)
+        meta = checkpoint.meta
+        about = {"checkpoint": str(path), "checkpoint_sha256": digest, "step": meta["step"], "images": meta["images"]}
+        for label, grid in times.items():
+            how = {"nfe": len(grid) - 1, "time_grid": list(grid), "ema": model.ema, "seed": sampling.seed}
+            label = f"step{meta['step']:08d}-ema{model.ema}-{label}-n{sampling.n}"
+            out.append(EvalTarget(label, GeneratedSource(model, f"{digest}:{model.ema}", grid, sampling), how, about))
+    return out

@@ -103,10 +103,9 @@ def data_line(config: RunConfig) -> str:
 
 def _listed(path: str, setting: str, config: RunConfig) -> str:
     with open_source(path, setting) as source:
-        entries = arrange(source, config.data.split)
-    classes = sorted({name for _, name in entries if name is not None})
-    check_classes(config.model.classes, classes)
-    return f"{len(entries):,} images of {len(classes) or 'no'} classes in {path}"
+        layout = arrange(source, config.data.split)
+    check_classes(config.model.classes, layout.classes)
+    return f"{len(layout.images):,} images of {len(layout.classes) or 'no'} classes in {path}"
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,5 +1,6 @@
 """From a run or checkpoint to a network that samples: sample k depends on (seed, k) alone."""
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +16,9 @@ from meanflow.logs import log
 from meanflow.random import derive_seed
 from meanflow.sampling import sample
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.config import WEIGHTS, RunConfig, config_from_tree
+from meanflow.training.config import WEIGHTS, RunConfig, config_from_tree, load_config
 from meanflow.training.official import read_official
-from meanflow.training.run_folder import find_checkpoint
+from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.state import build_network, copy_strictly
 
 
@@ -88,9 +89,16 @@ def load(what: str | Path, ema: float | str | None = None, device: str | torch.d
     ema: one of the decays kept, "weights", or None for the recipe's. device: by default CUDA where there is one.
     Raises AssetError if there is no intact checkpoint, UserError for an average that it does not keep.
     """
-    path, checkpoint = open_checkpoint(Path(what).expanduser())
+    path, checkpoint = open_checkpoint(Path(os.path.expanduser(what)))
+    return model_of(path, checkpoint, None if ema is None else str(ema), device_of(device))
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """By default CUDA where there is one. Raises UserError for CUDA where there is none."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model_of(path, checkpoint, None if ema is None else str(ema), device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch sees no GPU here")
+    return device
 
 
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
@@ -107,9 +115,20 @@ def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
     return path, checkpoint
 
 
+def config_of(path: Path, checkpoint: Checkpoint) -> RunConfig:
+    """The settings of the run that the checkpoint at `path` belongs to: those in its folder now, if it lies in one.
+
+    They may differ from those stored in the checkpoint in how the run is sampled and scored, and where its data are.
+    """
+    run = RunFolder(path.absolute().parent.parent)
+    if path.absolute().parent == run.checkpoints and run.config_file.is_file():
+        return load_config(run.config_file)
+    return config_from_tree(checkpoint.meta["config"], str(path))
+
+
 def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.device) -> Model:
     """One network of an opened checkpoint; see `load`."""
-    config = config_from_tree(checkpoint.meta["config"], str(path))
+    config = config_of(path, checkpoint)
     ema = repr(config.ema.eval) if ema is None else ema
     if ema != WEIGHTS and ema not in checkpoint.ema:
         raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join(checkpoint.ema)} and {WEIGHTS}")

@@ -1,0 +1,35 @@
+"""`bash run.sh classifier RUN`: do samples show the class asked for? A plain classifier judges (small images)."""
+
+import sys
+
+from eval.scoring.options import Parser, count, path
+from meanflow.errors import run_main
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("classifier", __doc__)
+    parser.add_argument("what", type=path, metavar="RUN", help="run folder or checkpoint of a class-conditional run")
+    parser.add_argument("--n", type=count, default=5000, help="samples (5000)")
+    parser.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")
+    parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
+    parser.add_argument("--seed", type=int, default=0, help="of labels and noise (0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to sample (CUDA where there is one)")
+    args = parser.parse_args(argv)
+
+    from eval.scoring.classifier import accuracy_file, classifier_accuracy, write_accuracy
+    from meanflow.training.model import load
+    from meanflow.training.run_folder import RunFolder
+
+    model = load(args.what, args.ema, args.device)
+    found = classifier_accuracy(model, args.n, args.steps, args.seed)
+    if args.what.is_dir():
+        write_accuracy(accuracy_file(RunFolder(args.what), model.meta["step"], model.ema, args.steps), found)
+    print(
+        f"classifier accuracy: {found.accuracy:.1%} of {found.samples:,} samples (NFE {found.steps}, EMA {found.ema}) "
+        f"are recognised as the class asked for; {found.real:.1%} of real images are (cross-validated)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
