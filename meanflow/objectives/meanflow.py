@@ -35,6 +35,7 @@ class MeanFlow(Objective):
         "error": "squared error ‖u − u_tgt‖², all samples (unweighted)",
         "error_r_eq_t": "squared error at r = t: ‖u − v‖², Flow Matching",
         "error_r_lt_t": "squared error at r < t: ‖u − u_tgt‖²",
+        "loss": "training loss (weighted, Eq. 22: flat by design near p = 1)",
     }
 
     def __post_init__(self):
