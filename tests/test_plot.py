@@ -218,7 +218,7 @@ def test_a_single_score_is_text_and_none_is_lost(tmp_path, figure):
     draw(one, two)
     assert "fd-pixels" not in panels(figure())
     lines = [text for axis in figure().axes for text in texts(axis)]
-    assert len(lines) == 24 and "fd-pixels 3: two, 1-NFE, EMA 0.9, N 1,000, step 6" in lines
+    assert len(lines) == 24 and "fd-pixels: 3 (two, 1-NFE, EMA 0.9, N 1,000, step 6)" in lines
 
 
 def test_a_standard_deviation_is_no_panel(tmp_path, figure):
@@ -231,7 +231,7 @@ def test_a_standard_deviation_is_no_panel(tmp_path, figure):
     assert not any("std" in title for title in shown) and "precision-pixels" in shown
     ((low, high),) = [bar.get_segments()[0][:, 1] for bar in shown["kid_mean-pixels"].collections]
     assert (low, high) == pytest.approx((0.3, 0.5))
-    assert texts(shown["scores"]) == ["isc_mean 3 ± 0.25: 1-NFE, EMA 0.9, N 1,000, step 6"]
+    assert texts(shown["scores"]) == ["isc_mean: 3 ± 0.25 (1-NFE, EMA 0.9, N 1,000, step 6)"]
 
 
 def test_distances_to_other_images_have_another_axis(tmp_path, figure):

@@ -166,7 +166,7 @@ def test_a_run_is_judged_from_one_file(run, capsys, real_curves):
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     for text in ("mine", "Finished at step 6 of 6", "Chip, 1 process", "fd-pixels, 1-NFE", "N 1,000", "3.250", "2.125"):
         assert text in page.lead
-    assert "after 6 steps EMA 0.9 is still 53% the weights that the run began with" in page.lead
+    assert "after 6 steps 53% of EMA 0.9 is still the weights that the run began with" in page.lead
     assert "2026-01-02 03:04 4 Chip 2 1 2.9 0.2 3.11 abc+ train.steps: 4 → 6" in page.sections["Starts and environment"]
     assert "fewer than 50,000 samples" in page.sections["Scores"] and "not Inception's" in page.sections["Scores"]
     assert "multipliers:" in page.sections["Configuration"] and ("details", {}) in page.tags
@@ -203,7 +203,7 @@ def test_grids_are_those_of_the_sample_command(run, report, tmp_path):
     alts = [attributes["alt"] for attributes in page.attributes("img")]
     assert [alt.split(", ")[1] for alt in alts[:3]] == ["EMA 0.9", "EMA 0.5", "raw weights"]
     assert "bash run.sh sample" in page.sections["Samples"] and "--n 4" in page.sections["Samples"]
-    assert "after 6 steps EMA 0.9" in page.sections["Samples"] and "EMA 0.5 is" not in page.sections["Samples"]
+    assert "53% of EMA 0.9 is" in page.sections["Samples"] and "of EMA 0.5 is" not in page.sections["Samples"]
 
 
 def test_classes_of_the_rows_are_named(trained_with_classes, report):

@@ -87,7 +87,7 @@ def test_a_table_runs_its_rows_and_compares_them(table, tmp_path, capsys):
     assert math.isclose(float(one["1-NFE fd-pixels sd"]), abs(values[0] - values[1]) / math.sqrt(2))
     assert scores[0]["protocol"]["samples"]["quantise"] == "floor", "the recipe's sample.uint8"
     text = (out / "table" / "table.md").read_text(encoding="utf-8")
-    for said in ("Does it run?", "| 2 |", "128 samples", "seeds 0, 1", "20.15", "Is tiny.", "process-hours", "no FID"):
+    for said in ("Does it run?", "| 2 |", "128 samples", "seeds 0, 1", "20.15", "Is tiny.", "process-hours", "not FID"):
         assert said in text
     tree = json.loads((out / "table" / "table.json").read_text(encoding="utf-8"))
     assert tree["scale"] == "cpu" and all((out / name / "config.yaml").exists() for name in tree["runs"])

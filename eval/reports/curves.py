@@ -44,11 +44,11 @@ ERRORS = (  # as several objectives log them (meanflow/objectives/base.py); each
 )
 ALWAYS = (
     Panel("loss", "training loss"),
-    Panel("grad_norm", "gradient norm", "norm"),
-    Panel("lr", "learning rate", "rate", False),
+    Panel("grad_norm", "gradient norm"),
+    Panel("lr", "learning rate", log=False),
     Panel("images_per_s", "throughput", "images/s", False),
     Panel("memory_mb", "peak memory", "MB", False),
-    Panel("skipped", "updates left out by the spike guard", "so far", False),
+    Panel("skipped", "updates left out by the spike guard", log=False),
 )
 
 
@@ -137,7 +137,7 @@ def _value_panel(axis: Axes, panel: Panel, colours: dict[RunRecord, str], x: str
 
 def _curve(axis: Axes, xs: np.ndarray, ys: np.ndarray, colour: str, smooth: float) -> None:
     """The range of the steps, pale, and their running mean; without smoothing, or for few steps, these themselves."""
-    width = max(1, round(smooth * len(ys)))
+    width = _width(smooth, ys)
     if width == 1:
         axis.plot(xs, ys, color=colour, linewidth=1.2, marker="o" if len(ys) < 20 else "")
         return
@@ -146,6 +146,10 @@ def _curve(axis: Axes, xs: np.ndarray, ys: np.ndarray, colour: str, smooth: floa
     axis.plot(np.repeat(xs[cuts], 2), ranges.ravel(), color=colour, alpha=0.25, linewidth=0.6)
     some = np.unique(np.linspace(0, len(ys) - 1, POINTS).round().astype(int))
     axis.plot(xs[some], running_mean(ys, width)[some], color=colour, linewidth=1.6)
+
+
+def _width(smooth: float, values: np.ndarray) -> int:
+    return max(1, round(smooth * len(values)))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -191,14 +195,16 @@ def _mark_changes(axis: Axes, runs: Iterable[RunRecord], colours: dict[RunRecord
             keys = [*list(changed)[:NAMES], *(["…"] if len(changed) > NAMES else [])]
             axis.axvline(where, color=colours[run], linewidth=0.7, linestyle=(0, (4, 3)))
             how = {"rotation": 90, "fontsize": 6, "va": "top", "ha": "right", "color": colours[run]}
-            axis.text(where, 0.98, ", ".join(keys), transform=axis.get_xaxis_transform(), **how)
+            left = {"xycoords": axis.get_xaxis_transform(), "xytext": (-1.5, 0), "textcoords": "offset points"}
+            axis.annotate(", ".join(keys), (where, 0.98), **left, **how)
 
 
 def _legend(figure, axis: Axes, runs: tuple[RunRecord, ...], smooth: float) -> None:
     """Names of the runs, and what has to be known to read the curves."""
-    notes = [f"pale: range of the steps; dark: mean over {smooth:.0%} of the run" if smooth else ""]
+    means = any(_width(smooth, run.columns["step"]) > 1 for run in runs)
+    notes = [f"pale: range of the steps; dark: mean over {smooth:.0%} of the run" if means else ""]
     notes += [f"{run.name}: from every {run.every}th step" for run in runs if run.every > 1]
-    notes += dict.fromkeys(note for run in runs for note in run.ema_notes())
+    notes += [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.ema_notes()]
     handles, labels = axis.get_legend_handles_labels()
     how = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False}
     legend = figure.legend(handles, labels, **how, title="\n".join(filter(None, notes)), title_fontsize=8)
@@ -230,7 +236,7 @@ def scores_of(runs: Iterable[RunRecord]) -> tuple[dict[str, Series], list[tuple[
         for (run, how), (score,) in series.items():
             value = f"{score.value:.4g}" + (f" ± {score.deviation:.2g}" if score.deviation is not None else "")
             of = f"{run.name}, " if several else ""
-            single.append((run, f"{title} {value}: {of}{how}, step {score.step:,}"))
+            single.append((run, f"{title}: {value} ({of}{how}, step {score.step:,})"))
     return along, single
 
 

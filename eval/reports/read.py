@@ -177,7 +177,7 @@ def ema_note(decay: float | str, step: int) -> str | None:
     if start <= MOSTLY_START:
         return None
     return (
-        f"after {step:,} steps EMA {decay} is still {start:.0%} the weights that the run began with: "
+        f"after {step:,} steps {start:.0%} of EMA {decay} is still the weights that the run began with: "
         "its samples and scores improve with more steps, or with a smaller ema.decays"
     )
 

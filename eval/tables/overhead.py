@@ -100,7 +100,7 @@ def run(overhead: Overhead, out: Path, device: torch.device) -> str:
     about = [
         f"Ours: {report.recipe}, {report.parameters / 1e6:.1f} M parameters, batch {report.batch}, r≠t "
         f"{report.share:.0%}, {how[2][0]}; medians and quartiles of {chosen.repeats} interleaved rounds on "
-        f"{where['device']}, {torch.get_num_threads()} threads, torch {where['torch']}.",
+        f"{where['device']}, {torch.get_num_threads()} thread(s), torch {where['torch']}.",
         f"Paper: {config.paper.hardware}.",
     ]
     if overhead.changes:

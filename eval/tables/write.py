@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from eval.reports.curves import COLOURS, LOG_FROM, MARKERS, plain
@@ -82,8 +83,8 @@ def notes(table: Table, lines: list[Line], diverged: list[Run], cuda: bool) -> l
     said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {_trained(table)}."]
     if recipe.eval.extractor == "pixels":
         cheap = math.prod(recipe.image_shape) <= REAL_VS_REAL_UP_TO
-        real = f"; between two halves of the real images it is {real_vs_real(recipe):.3f}" if cheap else ""
-        said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1], and no FID{real}.")
+        real = f" The real-vs-real distance, of two halves of the real images, is {real_vs_real(recipe):.3f}." * cheap
+        said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1]; it is not FID.{real}")
     if chosen.note:
         said.append(chosen.note)
     if lines[0].accuracy:
@@ -136,7 +137,7 @@ def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
         axis = axes.pop(0)
         _errors(axis, [line.accuracy for line in lines], ACCURACY, 3)
         _dress(axis, "ours: classifier accuracy", names, table.config.parameter, log=False)
-        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.set_ylim(top=min(axis.get_ylim()[1], 1.005))
     if paper:
         for k, nfe in enumerate(paper.nfe):

@@ -29,6 +29,7 @@ class MeanFlow(Objective):
     c: float = 1e-2  # its constant, > 0: 1e-3 for CIFAR-10, 1e-2 for ImageNet (official releases)
     tangent: str = "(v, 0, 1)"  # (dz, dr, dt) of the derivative, Table 1b
     needs_jvp = True
+    titles = Objective.titles | {"loss": "training loss (weighted, Eq. 22: flat by design near p = 1)"}
 
     def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
         return self.times.sample(n, generator)
