@@ -421,9 +421,7 @@ def test_dropout_masks_are_others_in_each_step_process_and_micro_batch(rich):
     dataset = load_dataset(config.data, 8, 3)
     for rank in range(2):
         stream = BatchStream(dataset, config, DistributedContext(rank, 2, CPU))
-        for step in (0, 1, 2, 1):
-            draws = [torch.rand(1).item() for _ in stream.micro_batches(step)]
-            drawn.append(draws)
+        drawn += [[torch.rand(1).item() for _ in stream.micro_batches(step)] for step in (0, 1, 2, 1)]
     first, second = drawn[:4], drawn[4:]
     assert first[1] == first[3] and second[1] == second[3], "a function of the step"
     numbers = [number for row in first[:3] + second[:3] for number in row]

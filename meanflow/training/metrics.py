@@ -206,7 +206,8 @@ def rewind_metrics(path: Path, step: int) -> None:
             if number is not None and number <= step:
                 keep = start + len(text)
                 break
-        file.truncate(keep)
+        if keep < file.seek(0, os.SEEK_END):
+            file.truncate(keep)
 
 
 def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -13,7 +13,7 @@ from meanflow.errors import AssetError, ConfigError, write_errors_named
 from meanflow.random import derive_seed
 from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
-from meanflow.training.config import EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
+from meanflow.training.config import WEIGHTS, EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
 from meanflow.training.divergence import Guard
 from meanflow.training.run_folder import environment, find_checkpoint
 from unet import UNet
@@ -192,7 +192,7 @@ class Initialised:
 
     def summary(self) -> str:
         total = len(self.taken) + len(self.fresh) + len(self.reshaped)
-        which = self.weights if self.weights == "weights" else f"EMA {self.weights}"
+        which = self.weights if self.weights == WEIGHTS else f"EMA {self.weights}"
         parts = [f"init.from {self.source} (step {self.step:,}, {which}): took {len(self.taken)} of {total} tensors"]
         for names, what in (
             (self.fresh, "not there, so fresh"),
@@ -216,12 +216,13 @@ def initialise(state: TrainState, config: InitConfig) -> Initialised:
     Raises AssetError if the checkpoint cannot be read, and ConfigError if it lacks the average asked for or fits so
     little that the network must be another one: less than half of the parameters.
     """
-    path, checkpoint, _ = find_checkpoint(Path(config.from_))
-    which = config.ema or repr(config_from_tree(checkpoint.meta["config"], str(path)).ema.eval)
-    if which != "weights" and which not in checkpoint.ema:
-        kept = ", ".join([*checkpoint.ema, "weights"])
+    path, checkpoint, _ = find_checkpoint(Path(config.from_).expanduser())
+    ema = config_from_tree(checkpoint.meta["config"], str(path)).ema.eval if config.ema is None else config.ema
+    which = WEIGHTS if ema == WEIGHTS else repr(ema)
+    if which != WEIGHTS and which not in checkpoint.ema:
+        kept = ", ".join([*checkpoint.ema, WEIGHTS])
         raise ConfigError(f"init.ema: {path} keeps no average {which}, but {kept}")
-    there = checkpoint.model if which == "weights" else checkpoint.ema[which]
+    there = checkpoint.model if which == WEIGHTS else checkpoint.ema[which]
     here = dict(state.network.named_parameters())
     common = [name for name in here if name in there]
     taken = [name for name in common if here[name].shape == there[name].shape]
