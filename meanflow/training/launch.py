@@ -41,6 +41,7 @@ def launch(count: int, program: list[str], logs: Path) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    signal.signal(signal.SIGUSR1, _stop)  # the agent passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT by itself
     logging.disable(logging.ERROR)  # the agent's own messages on what process 0 explains better
     config = LaunchConfig(
         min_nodes=1,
@@ -50,7 +51,6 @@ def launch(count: int, program: list[str], logs: Path) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ERR for rank in range(1, count)}),
     )
     try:
@@ -61,6 +61,10 @@ def launch(count: int, program: list[str], logs: Path) -> int:
         code = _explain({rank: failure.exitcode for rank, failure in error.failures.items()}, logs)
         return code if code > 0 else 128 - code
     return 0
+
+
+def _stop(number: int, _) -> None:
+    raise SignalException("asked to stop", sigval=signal.Signals(number))
 
 
 def _explain(codes: dict[int, int], logs: Path) -> int:
