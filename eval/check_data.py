@@ -49,6 +49,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 is grey, 3 is RGB (3 unless most are grey)")
     parser.add_argument("--list", choices=KINDS, help="print nothing but the names of one group, one a line")
     args = parser.parse_args(argv)
+    if not args.path:
+        parser.error("the path is empty")
     if args.size is not None and args.size < 1:
         parser.error(f"--size must be at least 1, not {args.size}")
     return args

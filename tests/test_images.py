@@ -397,11 +397,12 @@ def test_the_printed_commands_repair_the_folder(tmp_path, capfd):
         if group.repair.startswith("in a copy"):
             command, names = group.repair.partition(": ")[2].replace("python", sys.executable), ""
         else:
-            asked, _, command = group.repair.rpartition("them: ")[2].partition(" | ")
+            asked, _, command = group.repair.rpartition("away: ")[2].partition(" | ")
             names = checked(capfd, *shlex.split(asked)[3:])[1]
         subprocess.run(command, shell=True, cwd=path, input=names, text=True, check=True, timeout=60)
     code, out, _ = checked(capfd, path)
     assert code == 0 and out.count("\n\n") == 2  # the note and the settings
+    assert sum(file.is_file() for file in (tmp_path / "removed").rglob("*")) == 8  # 6 unreadable, 1 loose, a README
     files = sorted(file for file in path.rglob("*.*") if file.suffix != ".md")
     rows = {file.stem: image for file, image in zip(files, load(path).images, strict=True)}
     assert (rows["deep"] == 3000 // 256).all() and (rows["both"] == 9).all() and (rows["wide"] == 0).all()

@@ -28,6 +28,7 @@ from meanflow.data.images import (
 from meanflow.errors import AssetError
 from meanflow.logs import progress_bar
 
+KINDS = ("unreadable", "size", "mode", "depth", "loose", "empty")  # of faults
 DEFAULT_SIZE = 64  # pixels a side to bring images to, where none of them is square
 
 
@@ -35,7 +36,7 @@ DEFAULT_SIZE = 64  # pixels a side to bring images to, where none of them is squ
 class Group:
     """Files or folders with one kind of fault."""
 
-    kind: str  # unreadable, size, mode, depth, loose or empty
+    kind: str  # one of KINDS
     title: str
     faults: dict[str, str]  # path inside the source → what is wrong with it, or ""
     repair: str  # what to do, with a shell command
@@ -80,37 +81,16 @@ def check_images(path: str, split: str = "train", size: int | None = None, chann
         size = _most_common((f.width for f in facts.values() if f.width == f.height), DEFAULT_SIZE)
     if channels is None:
         channels = 1 if _most_common((f.mode in ("L", "LA", "1") or f.mode[0] == "I" for f in facts.values()), 0) else 3
-    faults = {parts: problems(f, size, MODES[channels]) for parts, f in facts.items()}
-    sizes = _counted(f"{f.width}x{f.height}" for f in facts.values())
-
     command = f"bash run.sh check_data {shlex.quote(path)}{'' if split == 'train' else f' --split {split}'}"
     folder = os.path.expanduser(path)
-    packed = not os.path.isdir(folder)
-    suffixes = {Path(parts[-1]).suffix for parts, found in faults.items() if found}
-    where = "unpack it, and there run" if packed else "in a copy of the folder run"
-    convert = f"{where}: {repair_command(suffixes, size, MODES[channels])}"
-
-    def remove(kind: str, rm: str = "rm") -> str:
-        at = "UNPACKED" if packed else shlex.quote(folder)
-        return f"remove them: {command} --list {kind} | (cd {at} && xargs -d '\\n' {rm} --)"
-
     groups = [
-        _group("unreadable", "cannot be read", unreadable, f"replace them, or {remove('unreadable')}"),
-        _group("size", f"not {size}x{size} (found {sizes})", _having("size", faults), convert),
-        _group("mode", "not grey" if channels == 1 else "not RGB", _having("mode", faults), convert),
-        _group("depth", "with 16 bits a channel", _having("depth", faults), convert),
-        _group(
-            "loose",
-            "beside class folders",
-            dict.fromkeys(layout.loose, ""),
-            f"move each into its class folder, or {remove('loose')}",
+        *_of_images(
+            facts,
+            size,
+            MODES[channels],
+            "in a copy of the folder" if os.path.isdir(folder) else "in the unpacked folder",
         ),
-        _group(
-            "empty",
-            "without images",
-            dict.fromkeys(layout.empty, ""),
-            f"fill them, or {remove('empty', 'rm -r')}",
-        ),
+        *_of_files(unreadable, layout, command, shlex.quote(folder) if os.path.isdir(folder) else "UNPACKED"),
     ]
     notes = []
     if ignored:
@@ -118,8 +98,38 @@ def check_images(path: str, split: str = "train", size: int | None = None, chann
         notes.append(f"other files, which are ignored: {kinds}")
     if size % 4:
         notes.append(f"the recipes' U-nets need a size that 4 divides: check again with --size {max(4, size // 4 * 4)}")
-    groups = [group for group in groups if group.faults]
+    groups = sorted((group for group in groups if group.faults), key=lambda group: KINDS.index(group.kind))
     return Report(len(layout.images), layout.classes, size, channels, groups, notes)
+
+
+def _of_images(facts: dict[Parts, Facts], size: int, mode: str, where: str) -> list[Group]:
+    """Images that can be read and are not as they should be; one command repairs them all."""
+    faults = {parts: found for parts, image in facts.items() if (found := problems(image, size, mode))}
+    repair = f"{where} run: {repair_command({Path(parts[-1]).suffix for parts in faults}, size, mode)}"
+    titles = {
+        "size": f"not {size}x{size} (found {_counted(f'{image.width}x{image.height}' for image in facts.values())})",
+        "mode": "not grey" if mode == "L" else f"not {mode}",
+        "depth": "with 16 bits a channel",
+    }
+    return [
+        _group(kind, title, {parts: found[kind] for parts, found in faults.items() if kind in found}, repair)
+        for kind, title in titles.items()
+    ]
+
+
+def _of_files(unreadable: dict[Parts, str], layout: Layout, command: str, folder: str) -> list[Group]:
+    """Files and folders that have to be replaced or moved."""
+
+    def away(kind: str) -> str:  # nothing is deleted: the folder may be another one than was meant
+        move = "mkdir -p ../removed && xargs -d '\\n' mv --backup=numbered -t ../removed --"
+        return f"or move them away: {command} --list {kind} | (cd {folder} && {move})"
+
+    loose, empty = dict.fromkeys(layout.loose, ""), dict.fromkeys(layout.empty, "")
+    return [
+        _group("unreadable", "cannot be read", unreadable, f"replace them, {away('unreadable')}"),
+        _group("loose", "beside class folders", loose, f"move each into its class folder, {away('loose')}"),
+        _group("empty", "without images", empty, f"fill them, {away('empty')}"),
+    ]
 
 
 def _read(source: Source, layout: Layout) -> tuple[dict[Parts, Facts], dict[Parts, str]]:
@@ -151,10 +161,6 @@ def _inspect(name: str, data: Path | BytesIO) -> Facts:
 def _most_common(values: Iterable[int], default: int) -> int:
     """Of equally common ones the smallest."""
     return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(default, 0))[0]
-
-
-def _having(kind: str, faults: dict[Parts, dict[str, str]]) -> dict[Parts, str]:
-    return {parts: found[kind] for parts, found in faults.items() if kind in found}
 
 
 def _group(kind: str, what: str, faults: dict[Parts, str], repair: str) -> Group:
