@@ -35,13 +35,18 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not (torch.compiler.is_compiling() or _fails_under_func(x)):
             return super().forward(x)
         # torch.compile cannot trace F.group_norm under torch.func.jvp (PyTorch issue 152185), but fuses this.
         grouped = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.num_groups, -1))
         variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
         normal = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def _fails_under_func(x: Tensor) -> bool:
+    """Before PyTorch 2.14 (seen in 2.8 and 2.11) group norm under torch.func.jvp needs a contiguous tangent."""
+    return torch.__version__ < (2, 14) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class Conv(nn.Conv2d):
