@@ -291,7 +291,14 @@ def test_a_foreign_file_among_the_scores_is_named(tmp_path, text):
 def test_outs_that_cannot_be_written_or_are_kept(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", 5)
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file" / "curves.png", tmp_path / "curves.xyz", tmp_path, "/proc/x", tmp_path / "file"):
+    for out in (
+        tmp_path / "file" / "curves.png",
+        tmp_path / "curves.xyz",
+        tmp_path,
+        "/proc/x",
+        "/dev/null",
+        tmp_path / "file",
+    ):
         assert str(out) in refused(AssetError, main, run, "--out", out)
     assert (tmp_path / "file").read_text() == "mine"
     assert not pyplot.get_fignums(), "a failed figure stays in memory"

@@ -34,8 +34,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """A path with ~ expanded."""
-    return Path(os.path.expanduser(text))
+    """A path with ~ expanded, of a file or folder that may be missing."""
+    found = Path(os.path.expanduser(text))
+    try:
+        found.exists()
+    except OSError as error:  # a name that is too long, a folder above it that may not be entered, …
+        raise ArgumentTypeError(f"{text}: {error.strerror}") from None
+    if not text:
+        raise ArgumentTypeError("an empty path")
+    return found
+
+
+def reference(text: str) -> str:
+    """A name in NAMED, or a path."""
+    return text if text in NAMED else str(path(text))
 
 
 def count(text: str) -> int:
