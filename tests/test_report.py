@@ -17,7 +17,7 @@ from running import ROOT, one_line
 from eval.report import main
 from eval.reports import page as page_module
 from eval.reports.html import Html, join, table, tag
-from eval.reports.read import RunRecord, differences, one_seed_each, read_runs
+from eval.reports.read import RunRecord, read_runs
 from eval.reports.sections import number
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
 from meanflow.logs import duration
@@ -89,22 +89,16 @@ def report(tmp_path) -> Callable[..., Page]:
 
 
 @pytest.fixture(autouse=True)
-def drawn(request, monkeypatch) -> list[list[str]]:
-    """The names of the runs in each figure of curves; the figure is blank unless a test wants it real (slow)."""
+def drawn(monkeypatch) -> list[list[str]]:
+    """The names of the runs in each figure of curves, which is left blank, for speed."""
     figures: list[list[str]] = []
 
     def blank(runs: tuple[RunRecord, ...], out: Path) -> None:
         figures.append([run.name for run in runs])
         Image.new("L", (4, 3)).save(out)
 
-    if "real_curves" not in request.fixturenames:
-        monkeypatch.setattr(page_module, "draw", blank)
+    monkeypatch.setattr(page_module, "draw", blank)
     return figures
-
-
-@pytest.fixture
-def real_curves() -> None:
-    """Asks for curves as they are."""
 
 
 @pytest.fixture
@@ -153,7 +147,8 @@ def table_folder(run, tmp_path) -> Callable[..., Path]:
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_judged_from_one_file(run, capsys, real_curves):
+def test_a_run_is_judged_from_one_file(run, capsys, monkeypatch):
+    monkeypatch.undo()  # with its curves
     folder = run("mine")
     write_score(folder, 3.25)
     write_score(folder, 2.125, nfe=2)
@@ -253,7 +248,7 @@ def test_failures_are_shown_with_their_replay(run, report):
     assert "step 5: loss nan" in found and f"bash run.sh replay {file}" in found
 
 
-def test_an_unfinished_run_says_what_is_missing(run, report):
+def test_an_unfinished_run_says_what_is_missing_and_shows_what_it_left(run, report):
     folder = run("mine", ("steps: 6", "steps: 60"))
     shutil.rmtree(folder / "checkpoints")
     (folder / "starts.jsonl").unlink(missing_ok=True)
@@ -263,10 +258,6 @@ def test_an_unfinished_run_says_what_is_missing(run, report):
     assert "No checkpoint yet" in page.sections["Samples"] and "unfinished" in page.sections["Scores"]
     assert "No starts are recorded" in page.sections["Starts and environment"]
     assert len(page.pictures()) == 1
-
-
-def test_without_samples_the_picture_that_the_run_left_is_shown(run, report):
-    folder = run("mine")
     Image.new("L", (9, 9)).save(folder / "samples.png")
     page = report(folder, "--no-samples")
     assert "9 samples, 1-NFE, EMA 0.9:" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
@@ -290,13 +281,6 @@ def test_runs_are_compared_by_what_differs_alone(run, report, drawn):
     assert ("strong", {}) in page.tags, "the best of a column is marked"
     assert len(page.pictures()) == 1 + 2 * 2, "curves overlaid, and a row for each run with the recipe's EMA"
     assert page.sections["Configuration"].count("multipliers:") == 2
-
-
-def test_settings_are_compared_key_by_key(run):
-    folders = [run("a"), run("b", ("seed: 3", "seed: 9")), run("c", ("ratio: 0.75", "ratio: 0.5"))]
-    runs = read_runs([RunFolder(folder) for folder in folders])
-    assert set(differences(runs)) == {"seed", "objective.times.ratio"} and differences(runs[:1]) == []
-    assert [one.name for one in one_seed_each(runs)] == ["a", "c"]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -413,16 +397,7 @@ def test_columns_of_numbers_are_aligned():
     assert [bool(found) for found in classes] == [True, False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(47.4, "47 seconds"), (130, "2.2 minutes"), (9000, "2.5 hours"), (400_000, "4.6 days")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(42.10532, "42.105"), (0.5164, "0.516"), (0.0123456, "0.0123"), (1234.5, "1,234.500"), (0, "0.000"), (None, "–")],
-)
-def test_numbers_keep_what_tells(value, text):
-    assert number(value) == text
+def test_numbers_and_durations_are_as_long_as_they_tell_something():
+    assert [number(x) for x in (42.10532, 0.5164, 0.0123456, 0, None)] == ["42.105", "0.516", "0.0123", "0.000", "–"]
+    said = [duration(seconds) for seconds in (47.4, 130, 9000, 400_000)]
+    assert said == ["47 seconds", "2.2 minutes", "2.5 hours", "4.6 days"]

@@ -89,15 +89,6 @@ def test_the_true_u_satisfies_the_identity(mixture):
     torch.testing.assert_close(mixture.average_velocity(z, r, t), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_flow_there_and_back(mixture):
-    z, t, r = points(30)
-    torch.testing.assert_close(mixture.flow(mixture.flow(z, t, r), r, t), z, rtol=1e-6, atol=1e-6)
-    middle = (t + r) / 2
-    torch.testing.assert_close(
-        mixture.flow(mixture.flow(z, t, middle), middle, r), mixture.flow(z, t, r), rtol=1e-6, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("tangent", TANGENTS)
 def test_the_network_goes_through_the_kits_own_derivative(tangent):
     """Dual numbers and torch.func.jvp give it the same loss and gradient."""

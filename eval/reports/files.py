@@ -7,9 +7,9 @@ from meanflow.errors import AssetError, write_errors_named
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Before the work rather than after. Raises AssetError if `out` is a folder or cannot be, or is to be kept."""
-    if out.is_dir():
-        raise AssetError(f"--out {out}: is a folder; name a file")
+    """Before the work rather than after. Raises AssetError if `out` cannot be a file, or is one that is to be kept."""
+    if out.exists() and not out.is_file():
+        raise AssetError(f"--out {out}: is a folder or a device; name a file")
     if out.exists() and not overwrite:
         raise AssetError(f"--out {out}: exists; --overwrite replaces it")
     with write_errors_named(out):

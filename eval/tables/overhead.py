@@ -1,4 +1,4 @@
-"""The overhead of the JVP (appendix B.4) on the machine at hand: a MeanFlow step against a Flow Matching step."""
+"""The overhead of the JVP (appendix B.4) on the machine at hand: an objective's step against a Flow Matching step."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,7 +20,7 @@ def read_metrics(path: Path, every: int = 1) -> Iterator[dict[str, Any]]:
 
     every: k for only each k-th line, counted so that the last whole one is among them.
     """
-    if not path.exists():
+    if not path.is_file():
         return
     skip = (_count_lines(path) - 1) % every if every > 1 else 0
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -52,7 +52,7 @@ def read_columns(path: Path, most: int = MOST) -> dict[str, np.ndarray]:
     Of a file with more than `most` lines only every k-th is parsed, with k the least that leaves `most`; the last is
     among them. Empty for a file that is missing or has no whole line. Raises AssetError for values that are no numbers.
     """
-    every = max(1, -(-_count_lines(path) // most)) if path.exists() else 1
+    every = max(1, -(-_count_lines(path) // most)) if path.is_file() else 1
     columns: dict[str, list[float]] = {}
     count = 0
     for line in read_metrics(path, every):

@@ -94,7 +94,7 @@ def starts(run: RunFolder) -> list[dict[str, Any]]:
 
     Raises AssetError, naming the line, if another one is damaged.
     """
-    if not run.starts_file.exists():
+    if not run.starts_file.is_file():
         return []
     lines = [_start(text) for text in run.starts_file.read_text(encoding="utf-8", errors="replace").splitlines()]
     if None in lines[:-1]:
