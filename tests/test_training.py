@@ -6,7 +6,6 @@ Resumed means bit-equal: every test of it compares weights, averages, optimiser 
 import io
 import json
 import math
-import re
 import signal
 import time
 
@@ -231,11 +230,6 @@ def test_a_refused_start_changes_no_file(train_tiny, rich, tmp_path):
 # --- numbers that are not finite -------------------------------------------------------------------------------
 
 
-def assert_finite(checkpoint) -> None:
-    for part in (checkpoint.model, *checkpoint.ema.values(), *checkpoint.optimizer.values()):
-        assert [name for name, value in part.items() if not torch.isfinite(value).all()] == []
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_update(tmp_path, alone, value, clip):
@@ -259,23 +253,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_update(tmp_path, alo
     assert message.startswith("step 5: ") and f"the last good checkpoint is {last}" in message
     assert f"bash run.sh resume {run.path} --set optim.lr=0.0005 optim.clip=1.0" in message
     assert list_checkpoints(run.checkpoints)[-1] == last
-    assert_finite(load_checkpoint(last))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
     for before, after in zip(kept["before"], kept["state"].network.parameters(), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
     for p, moments in kept["moments"].items():
         assert differences(moments, dict(kept["state"].optimizer.state[p])) == []
-
-
-def test_a_learning_rate_that_explodes(train_tiny, tmp_path):
-    with pytest.raises(NumericsError, match=r"^step [2-9]: .*not finite.*last good checkpoint is .*\.pt") as caught:
-        train_tiny(train__steps=9, optim__lr=1e25, optim__warmup_steps=0, checkpoint__every=1)
-    bad = int(re.search(r"step (\d+)", str(caught.value))[1])
-    run = RunFolder(tmp_path / "run")
-    assert newest(run.path).meta["step"] == bad - 1 == steps_of(run.path)[-1]
-    assert_finite(newest(run.path))
-    for line in run.metrics_file.read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_before_the_first_checkpoint_the_message_says_so(train_tiny, tmp_path, monkeypatch):
