@@ -43,77 +43,27 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CLOCK = ("images_per_s", "seconds", "memory_mb")  # of a metrics line: what two equal runs may differ in
 
-TREE: dict[str, Any] = {
-    "description": "tiny",
-    "seed": 3,
-    "model": {
-        "kind": "unet",
-        "image_size": 8,
-        "channels": 1,
-        "width": 8,
-        "multipliers": [1],
-        "blocks": 1,
-        "attention": [],
-        "dropout": 0.0,
-        "conditioning": "t,t-r",
-        "augment_labels": 0,
-        "classes": 0,
-    },
-    "data": {
-        "kind": "images",
-        "source": "digits",
-        "root": "data",
-        "path": None,
-        "split": "train",
-        "augment_p": 0.0,
-        "anisotropy": "appendix",
-        "flip": False,
-        "flip_unlabelled": False,
-    },
-    "objective": {
-        "kind": "meanflow",
-        "times": {
-            "sampler": "v0",
-            "distribution": "lognorm",
-            "mu": -0.4,
-            "sigma": 1.0,
-            "mu_r": None,
-            "sigma_r": None,
-            "ratio": 0.75,
-            "stratified": True,
-        },
-        "p": 0.75,
-        "c": 1e-3,
-        "tangent": "(v, 0, 1)",
-    },
-    "init": {"from": None, "ema": None},
-    "guidance": None,
-    "optim": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 5, "clip": None},
-    "ema": {"decays": [0.9], "every": 1, "eval": 0.9, "store": "device"},
-    "train": {
-        "batch": 8,
-        "microbatch": None,
-        "steps": 6,
-        "precision": "fp32",
-        "jvp": "dual",
-        "activation_checkpointing": False,
-        "compile": None,
-        "deterministic": False,
-        "check_every": 1,
-        "spike_guard": None,
-    },
-    "checkpoint": {"every": 2, "keep": 2, "milestone_every": None},
-    "logging": {"flush_every": 50, "tensorboard": False},
-    "sample": {"count": 9, "columns": 3, "steps": 1, "seed": 0, "uint8": "round"},
-    "eval": {
-        "extractor": "pixels",
-        "reference": None,
-        "samples": 128,
-        "steps": [1],
-        "batch": 64,
-        "every": None,
-        "every_samples": 64,
-    },
+TINY = """
+description: tiny
+seed: 3
+model: {kind: unet, image_size: 8, channels: 1, width: 8, multipliers: [1], blocks: 1, attention: []}
+data: {kind: images, source: digits}
+objective: {kind: meanflow, p: 0.75, c: 1.0e-3, times: {ratio: 0.75}}
+optim: {lr: 1.0e-3, betas: [0.9, 0.99], warmup_steps: 5}
+ema: {decays: [0.9]}
+train: {batch: 8, steps: 6, check_every: 1}
+checkpoint: {every: 2}
+sample: {count: 9, columns: 3}
+eval: {extractor: pixels, samples: 128, batch: 64, every_samples: 64}
+"""
+TREE = settings.to_tree(settings.build(RunConfig, yaml.safe_load(TINY), "", "the tests"))  # with every setting
+# Everything that could break the equality of two runs is on: dropout, augmentation, labels, accumulation in uneven
+# parts (3 + 3 + 3 + 1), epochs of 22 images that batches of 10 cross, averages every third step, clipping.
+RICH = {
+    **{"model__channels": 3, "model__multipliers": [1, 2], "model__attention": [4], "model__dropout": 0.2},
+    **{"model__augment_labels": 6, "model__classes": 2, "data__augment_p": 0.5, "data__anisotropy": "official"},
+    **{"data__flip": True, "data__flip_unlabelled": True, "optim__weight_decay": 0.01, "optim__clip": 1.0},
+    **{"ema__decays": [0.9, 0.5], "ema__every": 3, "train__batch": 10, "train__microbatch": 3, "checkpoint__every": 4},
 }
 
 
@@ -134,18 +84,12 @@ def guided_latent_changes(latents: Path | str = "latents") -> dict[str, Any]:
     """The tiny run as a DiT with (trivial) guidance on the latents of digits, for `tiny_tree`."""
     model = {"kind": "dit", "image_size": 4, "channels": 4, "patch": 2, "width": 16, "depth": 2, "heads": 2}
     data = {"kind": "latents", "source": "digits", "images": None, "latents": str(latents), "split": "train"}
-    guidance = {"omega_prime": 1.0, "kappa": 0.0, "t_start": 0.0, "t_end": 1.0}
+    data |= {"vae": "space-to-depth", "image_size": 8, "flip": True, "decode_precision": "fp32", "decode_batch": 64}
+    guidance = {"omega_prime": 1.0, "kappa": 0.0, "t_start": 0.0, "t_end": 1.0, "label_drop": 0.1}
     return {
         "model": {**model, "conditioning": "t,t-r", "classes": 10},
-        "data": {
-            **data,
-            "vae": "space-to-depth",
-            "image_size": 8,
-            "flip": True,
-            "decode_precision": "fp32",
-            "decode_batch": 64,
-        },
-        "guidance": {**guidance, "label_drop": 0.1, "unconditional_rows": "r_eq_t_first"},
+        "data": data,
+        "guidance": {**guidance, "unconditional_rows": "r_eq_t_first"},
     }
 
 

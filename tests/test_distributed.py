@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import comparable_metrics, gradients_of_step, in_processes, newest, steps_of, tiny_config, train_run
-from running import write_images as write
+from running import (
+    comparable_metrics,
+    gradients_of_step,
+    in_processes,
+    newest,
+    steps_of,
+    tiny_config,
+    train_run,
+    write_images,
+)
 from stress.ranks import LABELLED
 
 from meanflow.errors import UserError
@@ -102,12 +110,6 @@ def play(images: Path, ctx: DistributedContext, folder: Path) -> dict:
         found["odd"].append({name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad})
     processes.BUCKET_BYTES = usual
 
-    dropout = {"model__dropout": 0.3, "train__microbatch": 4}
-    run("unbroken", scene("labels", images, **{**dropout, "train__steps": 5}))
-    for steps in (1, 3, 5):
-        run("resumed", scene("labels", images, **{**dropout, "train__steps": steps}))
-    run("two then one", scene("plain", images, train__steps=2))
-
     def stop_one(run, config, state, ctx) -> None:
         if state.step == 3 and ctx.rank == 1:
             signal.raise_signal(signal.SIGINT)
@@ -125,7 +127,7 @@ def play(images: Path, ctx: DistributedContext, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("data") / "images")
+    return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -195,19 +197,6 @@ def test_parameters_without_a_gradient_and_other_memory_formats(pair):
         for sums in found["odd"]:
             assert "frozen" not in sums and not sums["never"].any() and (sums["sometimes"] == 3).all()
             assert_close({name: expected[name] for name in sums}, sums)
-
-
-def test_two_processes_resume_bit_equal(pair):
-    a, b = (newest(pair[0] / name) for name in ("unbroken", "resumed"))
-    assert all(torch.equal(a.model[name], b.model[name]) for name in a.model)
-    assert comparable_metrics(pair[0] / "unbroken") == comparable_metrics(pair[0] / "resumed")
-
-
-def test_a_run_of_two_processes_continues_on_one(pair, single, images, alone):
-    run = RunFolder(pair[0] / "two then one")
-    train_run(scene("plain", images), run, alone)
-    assert_close(newest(single("plain")).model, newest(run.path).model)
-    assert steps_of(run.path) == [1, 2, 3, 4]
 
 
 def test_a_signal_to_one_process_stops_both_at_one_step(pair):

@@ -13,7 +13,7 @@ from running import ROOT, comparable_metrics, newest
 import run as job
 from eval.scoring.score import score_run
 from meanflow.training.config import load_config
-from meanflow.training.metrics import RENAMED
+from meanflow.training.metrics import read_metrics
 from meanflow.training.run_folder import RunFolder, starts
 
 RUNS = ROOT / "tests" / "data" / "runs"
@@ -41,9 +41,8 @@ def test_an_old_run_is_scored_and_sampled(old, alone, tmp_path):
 def test_an_old_run_continues(old):
     run, expected, here = old
     assert job.main(["resume", str(run.path), "--device", "cpu", "--set", "train.steps=8", *here]) == 0
-    old_lines = [json.loads(line) for line in (run.path / "expected.jsonl").read_text().splitlines()]
+    old_lines = read_metrics(run.path / "expected.jsonl")
     for line, old_line in zip(comparable_metrics(run.path)[4:], old_lines, strict=True):
-        old_line = {RENAMED.get(key, key): value for key, value in old_line.items()}
         assert line == pytest.approx({key: old_line[key] for key in line}, rel=1e-4)
     after = newest(run.path)
     weights = sum(float(x.double().sum()) for x in after.model.values())

@@ -199,8 +199,14 @@ def test_a_torn_line_of_starts_is_replaced(run_of, alone):
 def test_numbers_that_explode_end_with_4(recipe, launch, tmp_path):
     file = recipe(optim__lr=1e25, optim__warmup_steps=0, checkpoint__every=1, train__steps=20)
     done = launch("run", file, "--out", tmp_path / "run").wait()
-    assert done.code == 4 and re.search(r"error: step \d+: .*last good checkpoint is .*optim\.lr", done.error)
-    assert not (tmp_path / "run" / "samples.png").exists()
+    bad = re.match(r"error: step (\d+): .*not finite.*last good checkpoint is .*optim\.lr", done.error)
+    assert done.code == 4 and bad, done.error
+    run, kept = tmp_path / "run", newest(tmp_path / "run")
+    assert kept.meta["step"] == int(bad[1]) - 1 == steps_of(run)[-1] and not (run / "samples.png").exists()
+    for part in (kept.model, *kept.ema.values(), *kept.optimizer.values()):
+        assert all(torch.isfinite(value).all() for value in part.values())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 # --- a folder that holds a run ---------------------------------------------------------------------------------

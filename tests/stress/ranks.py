@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from running import (
+    RICH,
     assert_equal_runs,
     gradients_of_step,
     in_processes,
@@ -20,21 +21,7 @@ from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.run_folder import RunFolder
 from stress.compare import curve_difference, largest_difference
 
-LABELLED = {
-    "model__channels": 3,
-    "model__classes": 2,
-    "model__augment_labels": 6,
-    "model__multipliers": [1, 2],
-    "model__attention": [4],
-    "data__augment_p": 0.5,
-    "data__anisotropy": "official",
-    "data__flip": True,
-    "data__flip_unlabelled": True,
-    "optim__clip": 0.5,
-    "train__batch": 16,
-    "train__microbatch": 4,
-    "checkpoint__every": 5,
-}
+LABELLED = {**RICH, "model__dropout": 0.0, "train__batch": 16, "train__microbatch": 4, "checkpoint__every": 5}
 # Adam divides by the gradient's size, so that rounding in a gradient near zero would become a whole step.
 SMOOTH = {"optim__eps": 1.0, "optim__lr": 0.1}
 
