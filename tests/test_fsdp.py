@@ -1,7 +1,7 @@
 """What FSDP2 does with a derivative of the network, as docs/imagenet.md states it.
 
-FSDP2 gathers a module's parameters in hooks on its tensors. `torch.func.jvp` passes through them from PyTorch 2.14 on; a
-dual number is no tensor to them, so the parameters are not gathered again for the backward pass, which fails loudly.
+FSDP2 gathers a module's parameters in hooks on its tensors. `torch.func.jvp` passes through them from PyTorch 2.14 on;
+a dual number is no tensor to them, so the parameters are not gathered again for the backward pass, which fails loudly.
 Should one of these tests fail in a later version, that page has to be revised.
 """
 
