@@ -11,7 +11,7 @@ SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 RESAMPLE_TAPS = (1.0, 3.0, 3.0, 1.0)
 ZERO_INIT = 1e-5  # the last convolution of a branch starts near zero: the block starts as its skip
 QKV_INIT = math.sqrt(0.2)
-JVP_NEEDS_CONTIGUOUS = torch.__version__ < (2, 14)  # of group norm: fails on channels_last with 2.8 and 2.11
+JVP_OF_GROUP_NORM = torch.__version__ >= (2, 14)  # 2.8 and 2.11 fail on channels_last and give bf16 a float32 tangent
 
 
 def xavier_(layer: nn.Module, scale: float = 1.0) -> None:
@@ -27,6 +27,11 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
+def needs_plain_form(x: Tensor) -> bool:
+    """Where F.group_norm fails in `torch.func.jvp`: under torch.compile (PyTorch issue 152185); before 2.14 anywhere."""
+    return torch.compiler.is_compiling() or (not JVP_OF_GROUP_NORM and unpack_dual(x).tangent is not None)
+
+
 class GroupNorm(nn.GroupNorm):
     """At most 32 groups, at least four channels in each."""
 
@@ -37,11 +42,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or not isinstance(x, Tensor):
-            if JVP_NEEDS_CONTIGUOUS and isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
-                x = x.contiguous()
+        if not isinstance(x, Tensor) or not needs_plain_form(x):
             return super().forward(x)
-        # torch.compile cannot trace F.group_norm under torch.func.jvp (PyTorch issue 152185), but fuses this.
+        # torch.compile fuses this.
         grouped = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.num_groups, -1))
         variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
         normal = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
