@@ -28,7 +28,7 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
 
 
 def needs_plain_form(x: Tensor) -> bool:
-    """Where F.group_norm fails in `torch.func.jvp`: under torch.compile (PyTorch issue 152185); before 2.14 anywhere."""
+    """Where F.group_norm fails in `torch.func.jvp`: compiled (PyTorch issue 152185), and before 2.14 in any case."""
     return torch.compiler.is_compiling() or (not JVP_OF_GROUP_NORM and unpack_dual(x).tangent is not None)
 
 
