@@ -1,8 +1,8 @@
 """What FSDP2 (PyTorch 2.14) does with a derivative of the network, as docs/imagenet.md states it.
 
-FSDP2 gathers a module's parameters in hooks on its tensors. `torch.func.jvp` passes through them; a dual number is no
-tensor to them, so the parameters are not gathered again for the backward pass, which fails loudly. Should one of
-these tests fail in a later version, that page has to be revised.
+FSDP2 gathers a module's parameters in hooks on its tensors. `torch.func.jvp` passes through them from PyTorch 2.14 on;
+a dual number is no tensor to them, so the parameters are not gathered again for the backward pass, which fails loudly.
+Should one of these tests fail in a later version, that page has to be revised.
 """
 
 import json
@@ -48,7 +48,7 @@ def test_a_derivative_through_fsdp2(tmp_path, method):
     process.join(60)
     assert process.exitcode == 0
     outcome = json.loads((tmp_path / "outcome.json").read_text())
-    if method == "func":
+    if method == "func" and torch.__version__ >= (2, 14):
         assert outcome == pytest.approx(gradient_norm(small(DIT, torch.float32), "func"), rel=1e-5)
     else:
-        assert "setStorage" in outcome
+        assert "storage" in outcome.lower()
