@@ -1,17 +1,19 @@
 """The job, top to bottom: recipe → train → sample → score → plot.
 
     python run.py RECIPE [--set key.path=value …] [--out DIR] [--dry-run]   a recipe, by name or file
-    python run.py resume RUN [--set key.path=value …]                       a run folder, under its own settings
-    python run.py table1a [--scale cpu|gpu]                                 the rows of a table, set beside the paper's
+    python run.py resume RUN [--set key.path=value …]                       continue a run with its own settings
+    python run.py table1a [--scale cpu|gpu]                                 the rows of a table beside the paper's
     python run.py COMMAND …                                                 a command of eval/: sample, fid, plot, …
     torchrun --nproc-per-node 8 run.py recipes/imagenet_b4.yaml             the same job on many GPUs or nodes
 
-RECIPE alone starts, and started again continues. `bash run.sh …` sets up an environment first and uses all GPUs.
+The same command again continues a run. `bash run.sh …` sets up an environment first and uses all GPUs.
 """
 
 import argparse
+import difflib
 import importlib
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ from meanflow.errors import UserError, run_main
 
 HERE = Path(__file__).resolve().parent
 RECIPES, TABLES, FIGURES = HERE / "recipes", HERE / "recipes" / "tables", HERE / "recipes" / "figures"
+PARALLEL = ("prepare_latents",)  # commands that are divided among all GPUs
 SLOW_ON_CPU = 5_000_000  # parameters from which a CPU run is a matter of weeks
 
 
@@ -29,14 +32,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{__doc__.strip()}\n\n{listing()}")
         return 0
     name, rest = argv[0], argv[1:]
-    if (FIGURES / f"{name}.yaml").exists():
-        return importlib.import_module(f"eval.{name}").main([str(FIGURES / f"{name}.yaml"), *rest])
-    if name in commands():
-        return importlib.import_module(f"eval.{name}").main(rest)
-    if tables := table_files(name):
+    if figure := file_in(FIGURES, name):
+        return importlib.import_module(f"eval.{figure.stem}").main([str(figure), *rest])
+    if name == "table" or table_files(name):
+        table, words = importlib.import_module("eval.table"), [*map(str, table_files(name)), *rest]
+        table.parse(words)  # a mistake is known before processes start
         if processes := launched(name):
             return launch(processes, argv)
-        return importlib.import_module("eval.table").main([*map(str, tables), *rest], job)
+        return table.main(words, job)
+    if name in commands():
+        if name in PARALLEL and not {"-h", "--help"} & set(rest) and (processes := launched(name)):
+            return launch(processes, argv)
+        return importlib.import_module(f"eval.{name}").main(rest)
     args = parse(argv)
     if processes := launched(name):
         check(args, processes)
@@ -44,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_recipe(args)
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 def commands() -> dict[str, str]:
@@ -60,20 +67,27 @@ def table_files(name: str) -> list[Path]:
     """The tables that `name` stands for: one, or with "tables" all of the paper's."""
     if name == "tables":
         return sorted(TABLES.glob("table*.yaml")) + sorted(TABLES.glob("figure*.yaml")) + [TABLES / "jvp_overhead.yaml"]
-    return [TABLES / f"{name}.yaml"] if (TABLES / f"{name}.yaml").exists() else []
+    return [path] if (path := file_in(TABLES, name)) else []
+
+
+def file_in(folder: Path, name: str) -> Path | None:
+    """The YAML of `folder` that `name` names, by its stem or as a path to it; None if it is none of them."""
+    file = Path(name).expanduser()
+    path = folder / (f"{name}.yaml" if file.name == name and not file.suffix else file.name)
+    return path if path.is_file() and (file.name == name or (file.exists() and file.samefile(path))) else None
 
 
 def recipe_file(name: str) -> Path:
     """The recipe called `name`, or the file at it. Raises UserError, naming near ones, if there is none."""
-    named, file = RECIPES / f"{name}.yaml", Path(name).expanduser()
-    if named.exists():
-        return named
+    file = Path(name).expanduser()
     if file.suffix in (".yaml", ".yml") and file.is_file():
         return file
-    import difflib
-
-    known = [*(path.stem for path in (HERE / "recipes").rglob("*.yaml")), "tables", *commands()]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if path := file_in(RECIPES, name):
+        return path
+    if (file / "config.yaml").is_file():
+        raise UserError(f"{name} is a run folder: continue it with bash run.sh resume {shlex.quote(name)}")
+    known = [*(path.stem for path in RECIPES.rglob("*.yaml")), "tables", *commands()]
+    near = difflib.get_close_matches(file.stem, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"there is no recipe, recipe file or command '{name}'{hint} (bash run.sh lists them)")
 
@@ -112,16 +126,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.recipe == "resume":
         if args.folder is None or args.out is not None:
-            raise UserError("resume takes a run folder, and no --out")
+            raise UserError("resume takes a run folder, such as runs/demo, and no --out")
         args.out = args.folder.expanduser()
         args.file = args.out / "config.yaml"
-        if not args.file.exists():
+        if not args.file.is_file():
             raise UserError(f"{args.out}: is no run folder (it has no config.yaml)")
     elif args.folder is not None:
-        raise UserError(f"{args.folder}: what is this? After --set, settings are written key.path=value")
+        hint = f": did you mean --set {shlex.quote(str(args.folder))}?" if "=" in str(args.folder) else ""
+        raise UserError(f"{args.folder}: only one recipe at a time is run{hint}")
     else:
         args.file = recipe_file(args.recipe)
         args.out = (args.out or Path("runs") / args.file.stem).expanduser()
+    for change in args.set:
+        if "=" not in change:
+            raise UserError(f"--set {change}: expected key.path=value, such as train.steps=1000")
     return args
 
 
@@ -129,17 +147,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def launched(name: str) -> int:
-    """How many processes this one should start: NPROC (a number, or "all" GPUs); 0 if it is to do the work itself."""
-    wanted = os.environ.get("NPROC", "")
-    if "RANK" in os.environ or not wanted or name == "jvp_overhead":  # that one is timed alone
+    """How many processes to start: NPROC (a number, or "all" GPUs); 0 if this one does the work itself."""
+    requested = os.environ.get("NPROC", "")
+    if "RANK" in os.environ or not requested or name == "jvp_overhead":  # that one is timed on its own
         return 0
-    if wanted == "all":
+    if requested == "all":
         import torch
 
-        wanted = str(torch.cuda.device_count())
-    if not wanted.isdecimal() or (wanted == "0" and os.environ["NPROC"] != "all"):
-        raise UserError(f"NPROC={wanted}: the number of processes must be 1 or more")
-    return int(wanted) if int(wanted) > 1 else 0
+        count = torch.cuda.device_count()
+    elif requested.isdecimal() and int(requested) > 0:
+        count = int(requested)
+    else:
+        raise UserError(f"NPROC={requested}: the number of processes must be 1 or more, or all")
+    return count if count > 1 else 0
 
 
 def launch(processes: int, argv: list[str]) -> int:
@@ -149,7 +169,7 @@ def launch(processes: int, argv: list[str]) -> int:
 
 
 def check(args: argparse.Namespace, world: int) -> None:
-    """What can be known before processes start. Raises ConfigError."""
+    """Check settings before processes start, so that an error is one line. Raises ConfigError."""
     from meanflow.training.batches import split_batch
     from meanflow.training.config import load_config
 
@@ -184,11 +204,11 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
 
     requested: keys of settings that were given by --set.
     """
-    from eval.plot import plot
+    from eval.reports.curves import plot
+    from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
     from eval.scoring.score import ScoreDuring, closing_table, score_run
     from meanflow.logs import log
-    from meanflow.training.checkpoint import list_checkpoints
     from meanflow.training.loop import train
     from meanflow.training.run_folder import RunFolder
     from meanflow.training.setup import set_up
@@ -200,22 +220,21 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
         if ctx.is_main:
             warn(config, ctx)
         training = set_up(config, run, ctx, requested)
-        if ctx.is_main:  # nothing of the run is rewritten before everything has been checked
-            saved = list_checkpoints(run.checkpoints)
+        if ctx.is_main:  # only now: a start that is refused changes nothing
             run.write_config(config)
             run.note_start(
-                processes=ctx.world,
-                step=int(saved[-1].stem) if saved else 0,
-                changed={key: list(pair) for key, pair in changed.items()},
+                processes=ctx.world, step=training.state.step, changed=changed, titles=config.objective.titles
             )
         code = train(training, ScoreDuring())
         if code:
             return code
         if ctx.is_main:
+            if note := ema_note(config.ema.eval, config.train.steps):
+                log.info(f"note: {note}")
             write_grid(run, config, ctx.device)
         try:
             results = score_run(run, config, ctx)
-        finally:  # curves are worth having where a score is not to be had
+        finally:  # curves even if scoring fails
             if ctx.is_main:
                 plot([run], run.curves)
         if ctx.is_main:
@@ -227,7 +246,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
 
 
 def warn(config, ctx) -> None:
-    """What is better known before a long run than after."""
+    """Warn of what would otherwise show after a long run. Raises UserError for a run that can never be scored."""
     import torch
 
     from eval.scoring.score import preflight

@@ -7,8 +7,8 @@
 #   bash run.sh test [options]       the tests (pytest's options);  bash run.sh lint: style
 #   bash run.sh stress [NAME …]      break runs on purpose, for half an hour, and print a table (docs/reliability.md)
 #
-# Python: the active one if it satisfies requirements.txt, else .venv beside this file, made on first use. PYTHON
-# chooses the interpreter. All GPUs of the node are used; NPROC sets the number of processes instead.
+# Python: the active one if it satisfies requirements.txt (any PyTorch from 2.8 on), else .venv beside this file, made
+# on first use. PYTHON chooses the interpreter. All GPUs of the node are used; NPROC sets the number of processes.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -36,16 +36,16 @@ PY
 
 # set_up FILE...: leave in $python an interpreter that satisfies these requirements files.
 set_up() {
-  local base="${PYTHON:-python3}"
-  command -v "$base" >/dev/null || die "$base not found: install Python 3.10 or newer" 3
-  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$base is too old: Python 3.10 or newer is needed" 3
   if satisfied "$base" "$@"; then python="$base"; return; fi
   python="$root/.venv/bin/python"
   if [ -x "$python" ] && satisfied "$python" "$@"; then return; fi
-  local reuse=()  # an installed PyTorch that fits is not downloaded again
-  if satisfied "$base" <(grep -E '^torch(vision)?[>=<]' "$root/requirements.txt"); then reuse=(--system-site-packages); fi
-  [ -x "$python" ] || "$base" -m venv ${reuse[@]+"${reuse[@]}"} "$root/.venv" ||
+  [ -x "$python" ] || "$base" -m venv "$root/.venv" ||
     die "could not make .venv: install Python's venv module (python3-venv)" 3
+  if satisfied "$base" <(grep -E '^torch(vision)?[>=<]' "$root/requirements.txt"); then
+    # An installed PyTorch that fits is not downloaded again. (--system-site-packages does not see another venv's.)
+    "$base" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+      > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed.pth"
+  fi
   echo "setting up .venv (once; PyTorch is a large download) ..." >&2
   local file arguments=()
   for file in "$@"; do arguments+=(-r "$file"); done
@@ -53,8 +53,12 @@ set_up() {
     die "pip could not install $*: its message is above; run the same command again" 3
 }
 
+base="${PYTHON:-python3}"
+command -v "$base" >/dev/null || die "$base not found: install Python 3.10 or newer" 3
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$base is too old: Python 3.10 or newer is needed" 3
 needed=("$root/requirements.txt")
 case "${1:-}" in
+  "" | -h | --help) exec "$base" "$root/run.py" ;;  # the list needs no packages
   test)
     set_up "${needed[@]}" "$root"/requirements-{imagenet,dev}.txt
     cd "$root"
@@ -68,7 +72,7 @@ case "${1:-}" in
     cd "$root"
     "$python" -m ruff check .
     exec "$python" -m ruff format --check . ;;
-  imagenet_* | table[0-9]* | tables | figure4)  # these decode with a VAE, where --scale does not say otherwise
+  imagenet_* | table[0-9]* | tables | figure4)  # these decode with a VAE; what else does says what to install
     if [[ " $* " != *" --scale"[\ =][cg]pu* ]]; then needed+=("$root/requirements-imagenet.txt"); fi ;;
 esac
 set_up "${needed[@]}"

@@ -1,4 +1,4 @@
-"""What a DiT is told besides z: where each patch lies, and the times."""
+"""Embedding of the times and of the patches' positions."""
 
 import math
 

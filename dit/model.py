@@ -20,7 +20,7 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of the network. The values of B/4 on 256² images stand in brackets.
+    """Shape of the network, with the values of B/4 on 256² images in brackets.
 
     Raises ValueError, naming the field, for a shape that cannot be built.
     """
@@ -29,7 +29,7 @@ class DiTConfig:
     image_size: int  # positions a side of z (32: latents of 256² images)
     channels: int  # of z (4)
     patch: int  # positions a side of a token (4)
-    width: int  # (768)
+    width: int  # of a token (768)
     depth: int  # blocks (12)
     heads: int  # of attention (12)
     conditioning: str = "t,t-r"  # what is embedded and summed, Table 1c
@@ -60,8 +60,8 @@ class DiT(nn.Module):
 
     `forward(z, r, t, class_labels=None)` with z (B, C, S, S), r and t (B,) in [0, 1] and class_labels (B,) int64
     (None or the value `classes`: no class) gives (B, C, S, S), zero at initialisation. `run_block(block, x, c)`, if
-    given, is how a block is called: whoever trains may save memory there, or compute in another precision. All else,
-    the output too, keeps z's.
+    given, calls a block: training saves memory there, or computes in another precision. All other layers, and the
+    output, keep the precision of z.
     """
 
     def __init__(self, config: DiTConfig):
@@ -77,7 +77,7 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier-uniform, N(0, 0.02) for what embeds times and labels, zero for modulation and output (DiT)."""
+        """As DiT: Xavier-uniform, N(0, 0.02) for the embeddings of times and labels, zero for modulation and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -158,7 +158,7 @@ class FinalLayer(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights of its own, then the affine map that the conditioning gives. (B, N, D)."""
+    """LayerNorm, with scale and shift given by the conditioning in place of weights. (B, N, D)."""
     return F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS) * (1 + scale) + shift
 
 

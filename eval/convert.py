@@ -1,35 +1,47 @@
-"""`python -m eval.convert FILE RUN`: an official CIFAR-10 checkpoint as a run folder of ours.
+"""`bash run.sh convert FILE RUN`: an official CIFAR-10 checkpoint as a run folder of ours.
 
-The folder then serves `eval.sample`, `eval.fid` and the rest; the optimiser's state is not taken along.
+The folder then serves sample, fid and the rest; the optimiser's state is not taken over.
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from meanflow.errors import AssetError, UserError, run_main
-from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
-from meanflow.training.config import config_from_tree, config_to_yaml
-from meanflow.training.official import read_official
-from meanflow.training.run_folder import RunFolder
+from meanflow.errors import AssetError, UserError, run_main, write_errors_named
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.convert", description=__doc__)
-    parser.add_argument("file", type=Path, help="checkpoint of the official PyTorch release")
-    parser.add_argument("run", type=Path, help="run folder to make; it must not exist yet")
-    args = parser.parse_args(argv)
-    if args.run.exists():
+    args = parse(argv)
+    from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
+    from meanflow.training.config import config_from_tree, config_to_yaml
+    from meanflow.training.official import read_official
+    from meanflow.training.run_folder import RunFolder
+
+    if os.path.lexists(args.run):
         raise UserError(f"{args.run} exists already: name a new folder")
     checkpoint = read_official(args.file)
     if checkpoint is None:
         load_checkpoint(args.file)  # says so if it is missing, damaged or unknown
         raise AssetError(f"{args.file} is a checkpoint of ours already")
     run = RunFolder(args.run)
-    path = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
     config = config_from_tree(checkpoint.meta["config"], str(args.file))
-    run.config_file.write_text(config_to_yaml(config), encoding="utf-8")
+    with write_errors_named(args.run):
+        path = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
+        run.config_file.write_text(config_to_yaml(config), encoding="utf-8")
     print(f"{args.file} → {path}, with EMAs {', '.join(checkpoint.ema)}")
+    origin = checkpoint.meta["origin"]
+    print(f"read from its args: {', '.join(f'{key}={value}' for key, value in origin['args'].items()) or 'nothing'}")
+    print(f"as in the recipe {origin['recipe']}: {', '.join(origin['assumed']) or 'nothing looked for'}, and the rest")
     return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bash run.sh convert", description=__doc__)
+    parser.add_argument("file", help="checkpoint of the official PyTorch release")
+    parser.add_argument("run", help="run folder to make; it must not exist yet")
+    args = parser.parse_args(argv)
+    args.file, args.run = (Path(os.path.expanduser(path)) for path in (args.file, args.run))
+    return args
 
 
 if __name__ == "__main__":

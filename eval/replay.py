@@ -1,4 +1,4 @@
-"""Compute once more the step at which a run stopped for its numbers: `bash run.sh replay FILE`.
+"""`bash run.sh replay FILE`: compute once more the step at which a run stopped for its numbers.
 
 Such a run leaves FILE, RUN/failures/STEP.json, with the seeds and images of that step's batch, and STEP.pt beside it
 with the weights before it. Any checkpoint's JSON will do as well: then it is the step after it. The batch is made
@@ -6,30 +6,59 @@ for every process of the run and the step computed by one, without an update.
 """
 
 import argparse
+import math
 from itertools import chain
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from meanflow.errors import ConfigError, run_main
+from eval.scoring.options import Parser, path
+from meanflow.errors import AssetError, ConfigError, run_main
 from meanflow.logs import log
-from meanflow.training.batches import BatchStream
-from meanflow.training.checkpoint import Checkpoint, load_checkpoint
-from meanflow.training.config import config_from_tree
-from meanflow.training.metrics import StepSums
-from meanflow.training.processes import DistributedContext, GradientSum, start_distributed
-from meanflow.training.setup import describe, open_data
-from meanflow.training.state import copy_strictly, fresh_state
-from meanflow.training.step import accumulate, configure_numerics, make_loss
+
+if TYPE_CHECKING:
+    from torch import device, nn
+
+    from meanflow.training.checkpoint import Checkpoint
 
 SHOWN = 10  # lines of each list
 
 
-def replay(checkpoint: Checkpoint, where: str, device: torch.device) -> bool:
-    """Compute the step after `checkpoint` and say what it gives and where it is not finite; whether all of it is.
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("replay", __doc__.partition(": ")[2])
+    parser.add_argument("file", type=path, metavar="FILE", help="RUN/failures/STEP.json, or a checkpoint's JSON")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    args = parser.parse_args(argv)
+    args.file = args.file.with_suffix(".pt")
+    if not args.file.is_file():
+        raise AssetError(f"{args.file}: no such file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from meanflow.training.checkpoint import load_checkpoint  # here: PyTorch takes seconds to import
+    from meanflow.training.processes import start_distributed
+
+    device = start_distributed(args.device).device
+    finite = replay(load_checkpoint(args.file), str(args.file), device)
+    log.info("all of it is finite" if finite else "it is not finite here either")
+    return 0
+
+
+def replay(checkpoint: "Checkpoint", where: str, device: "device") -> bool:
+    """Compute the step after `checkpoint`, log its numbers and where they are not finite; True if all of them are.
 
     Raises AssetError or ConfigError if the weights or the images are not those of the run.
     """
+    from torch.nn.utils import get_total_norm
+
+    from meanflow.training.batches import BatchStream
+    from meanflow.training.config import config_from_tree
+    from meanflow.training.metrics import StepSums
+    from meanflow.training.processes import DistributedContext, GradientSum
+    from meanflow.training.setup import describe, open_data
+    from meanflow.training.state import copy_strictly, fresh_state
+    from meanflow.training.step import accumulate, configure_numerics, make_loss
+
     config = config_from_tree(checkpoint.meta["config"], where)
     failure, done = checkpoint.meta.get("failure", {}), checkpoint.meta["step"]
     configure_numerics(config.train)
@@ -40,6 +69,8 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device) -> bool:
     state = fresh_state(config, device)
     network = state.network
     copy_strictly(dict(network.named_parameters()), checkpoint.model, f"{where}: weights")
+    if (teacher := config.objective.teacher_decay) is not None:
+        copy_strictly(state.ema.averages[teacher], checkpoint.ema.get(repr(teacher), {}), f"{where}: EMA {teacher}")
     network.train()
     log.info(f"step {done + 1:,} of {where}" + (f", which failed with {failure['what']}" if failure else ""))
 
@@ -55,17 +86,20 @@ def replay(checkpoint: Checkpoint, where: str, device: torch.device) -> bool:
 
     batches = chain.from_iterable(stream.micro_batches(done) for stream in streams)
     accumulate(loss, batches, world * streams[0].micro_steps, config.train.batch, gradients, sums)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in gradients.parameters if p.grad is not None])
-    log.info(f"loss {sums.sums['loss'].item() / config.train.batch}, gradient norm {norm.item()}")
+    norm = get_total_norm([p.grad for p in gradients.parameters if p.grad is not None])
+    means = {name: total.item() / sums.counts[name] for name, total in sums.sums.items() if sums.counts[name]}
+    log.info(f"loss {means.pop('loss')}, gradient norm {norm.item()}")
+    for name, value in means.items():
+        log.info(f"{name} {value}")
     return _name_bad(network, rows) and bool(norm.isfinite())
 
 
-def _name_bad(network: torch.nn.Module, rows: list[tuple[float, float, float]]) -> bool:
-    """Say which weights, samples and gradients are not finite; True if none is."""
+def _name_bad(network: "nn.Module", rows: list[tuple[float, float, float]]) -> bool:
+    """Log which weights, samples and gradients are not finite; True if none is."""
     named = list(network.named_parameters())
     bad = {
         "weights": [name for name, p in named if not p.isfinite().all()],
-        "samples": [f"r {r:.6g}, t {t:.6g}: loss {x}" for r, t, x in rows if not torch.tensor(x).isfinite()],
+        "samples": [f"r {r:.6g}, t {t:.6g}: loss {x}" for r, t, x in rows if not math.isfinite(x)],
         "gradients": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
     }
     for what, items in bad.items():
@@ -74,18 +108,6 @@ def _name_bad(network: torch.nn.Module, rows: list[tuple[float, float, float]]) 
             for item in items[:SHOWN]:
                 log.info(f"  {item}")
     return not any(bad.values())
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.replay", description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="RUN/failures/STEP.json, or a checkpoint's JSON")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
-    args = parser.parse_args(argv)
-    path = args.file.with_suffix(".pt")
-    device = start_distributed(args.device).device
-    finite = replay(load_checkpoint(path), str(path), device)
-    log.info("all of it is finite" if finite else "it is not finite here either")
-    return 0
 
 
 if __name__ == "__main__":

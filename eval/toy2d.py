@@ -1,46 +1,41 @@
-"""`python -m eval.toy2d recipes/figures/toy2d.yaml`: Figures 2 and 3 for real, on a mixture whose v is known.
+"""`bash run.sh toy2d`: Figures 2 and 3 for real, on a mixture in the plane whose v is known.
 
-Trains u(z, r, t) in the plane with the kit's objective, then writes `toy2d.png` and `numbers.json`: how far u is from
-the truth, and what one step and many make of it and of the instantaneous velocity v. `run.sh toy2d` calls it.
+Trains u(z, r, t) with the kit's objective, then writes `toy2d.png` and `numbers.json`: how far u is from the truth, and
+what one step and many make of it and of the instantaneous velocity v.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from eval.scoring.files import write_json
-from eval.toy.mixture import Mixture, instantaneous
-from eval.toy.plot import draw
-from eval.toy.train import MeasureConfig, PlaneNetwork, Toy2dConfig, Training
-from meanflow.errors import NumericsError, run_main, write_errors_named
-from meanflow.jvp import Network
-from meanflow.objectives.meanflow import interpolate
-from meanflow.random import generator
-from meanflow.sampling import sample
-from meanflow.training import settings
-from meanflow.training.config import config_to_yaml
-from meanflow.training.state import count_parameters
-
-INTERVALS = ((0.0, 0.0), (0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, 1.0))  # of t − r
-FLOOR_SETS = 8  # of fresh data, whose distances to the data are averaged
-DIRECTIONS = 64  # of the sliced distance, evenly over the half circle
+from eval.scoring.options import Parser, path
+from meanflow.errors import run_main, write_errors_named
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.toy2d", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="recipes/figures/toy2d.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a setting")
-    parser.add_argument("--out", type=Path, help="folder for the picture and the numbers (runs/NAME)")
+    parser = Parser("toy2d", __doc__.partition(": ")[2])
+    parser.add_argument("recipe", type=path, help="recipes/figures/toy2d.yaml, which bash run.sh toy2d gives by itself")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
+    )
+    parser.add_argument("--out", type=path, help="folder for the picture and the numbers (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size and speed, and stop")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    import torch  # here, as the rest: it takes seconds to import
+
+    from eval.scoring.files import write_json
+    from eval.toy.measure import closing_table, distances, errors, in_float64
+    from eval.toy.mixture import Mixture
+    from eval.toy.plot import draw
+    from eval.toy.train import Toy2dConfig, Training
+    from meanflow.training import settings
+    from meanflow.training.config import config_to_yaml
+    from meanflow.training.state import count_parameters
+
     config = settings.load(Toy2dConfig, args.recipe, args.set)
     out = args.out or Path("runs") / args.recipe.stem
     torch.set_num_threads(1)  # small tensors gain nothing from more, and sums come out the same
@@ -68,107 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\ntrained in {trained - start:.0f} s, measured and drawn in {time.perf_counter() - trained:.0f} s")
     print(f"picture   {out / 'toy2d.png'}\nnumbers   {out / 'numbers.json'}")
     return 0
-
-
-def in_float64(network: PlaneNetwork) -> Network:
-    """The float32 network as a function of float64 tensors, without a graph."""
-
-    @torch.no_grad()
-    def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        return network(z.float(), r.float(), t.float()).double()
-
-    return u
-
-
-def errors(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) -> list[dict]:
-    """For each range of t − r the relative error of u, and that of v in its place, against the ODE solver's u.
-
-    √(Σ ‖û − u‖² / Σ ‖u‖²) over points z_t of the marginal paths, t − r even in its range and t in what that leaves;
-    the last line is all of 0 ≤ t − r ≤ 1 evenly. Where r = t the truth is the closed form.
-    """
-    lines, sums = [], np.zeros(3)
-    for number, (low, high) in enumerate(INTERVALS):
-        draws = generator(seed, "error", number)
-        interval, place = torch.rand(2, config.points, generator=draws, dtype=torch.float64)
-        interval = low + (high - low) * interval
-        r = (1 - interval) * place
-        z = noised(mixture, r + interval, draws)
-        truth = mixture.average_velocity(z, r, r + interval)
-        wrong = u(z, r, r + interval) - truth, mixture.velocity(z, r + interval) - truth
-        squares = [x.square().sum().item() for x in (*wrong, truth)]
-        lines.append({"interval": [low, high], **_relative(squares)})
-        if low < high:
-            sums += squares
-    return [*lines, {"interval": None, **_relative(sums)}]
-
-
-def noised(mixture: Mixture, t: Tensor, draws: torch.Generator) -> Tensor:
-    """One point z_t for each t (B,) of float64, (B, 2)."""
-    x = mixture.sample(len(t), draws)
-    return interpolate(x, torch.randn(x.shape, generator=draws, dtype=x.dtype), t)
-
-
-def _relative(squares) -> dict[str, float]:
-    u, v, truth = squares
-    return {"u": float((u / truth) ** 0.5), "v": float((v / truth) ** 0.5)}
-
-
-def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) -> dict:
-    """The sliced Wasserstein distance of samples to fresh data, by NFE, beside that of exact flow and of fresh data.
-
-    All start from the same noise: u by Eq. (12), v by Euler's method, which is Eq. (12) with v in u's place.
-    """
-    data = mixture.sample(config.samples, generator(seed, "data"))
-    fresh = [mixture.sample(config.samples, generator(seed, "fresh", k)) for k in range(FLOOR_SETS)]
-    noise = torch.randn(data.shape, generator=generator(seed, "noise"), dtype=data.dtype)
-    one, zero = torch.ones(len(noise)), torch.zeros(len(noise))
-    v = instantaneous(mixture)
-    return {
-        "fresh data": sum(sliced_wasserstein(other, data) for other in fresh) / FLOOR_SETS,
-        "exact flow": sliced_wasserstein(mixture.flow(noise, one, zero), data),
-        "u": {str(n): sliced_wasserstein(sample(u, noise, n), data) for n in config.steps},
-        "v": {str(n): sliced_wasserstein(sample(v, noise, n), data) for n in config.steps},
-    }
-
-
-def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
-    """√ of the mean over directions of W₂² between projections: a, b (N, 2). Exact in each direction, by sorting.
-
-    Raises NumericsError if a point is not finite.
-    """
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise NumericsError("samples are not finite: a smaller train.lr or more train.steps may help")
-    angles = torch.arange(DIRECTIONS, dtype=a.dtype) * torch.pi / DIRECTIONS
-    directions = torch.stack([angles.cos(), angles.sin()])  # (2, DIRECTIONS)
-    projected = [(points @ directions).sort(0).values for points in (a, b)]
-    return (projected[0] - projected[1]).square().mean().sqrt().item()
-
-
-def closing_table(numbers: dict) -> str:
-    distance = numbers["distance"]
-    lines = [
-        _row("relative error against the truth", "trained u", "v in its place"),
-        *(_row(f"  {_interval(e['interval'])}", f"{e['u']:.2%}", f"{e['v']:.1%}") for e in numbers["error"]),
-        "",
-        _row("sliced Wasserstein distance to data", "trained u", "v by Euler"),
-        *(_row(f"  {n}-NFE", f"{value:.4f}", f"{distance['v'][n]:.4f}") for n, value in distance["u"].items()),
-        _row("  exact flow (ODE solver)", f"{distance['exact flow']:.4f}"),
-        _row("  floor: fresh data", f"{distance['fresh data']:.4f}"),
-    ]
-    return "\n".join(lines)
-
-
-def _row(name: str, *values: str) -> str:
-    return f"{name:<36}" + "".join(f"{value:>16}" for value in values)
-
-
-def _interval(interval: list[float] | None) -> str:
-    if interval is None:
-        return "all of 0 ≤ t − r ≤ 1"
-    low, high = interval
-    if low < high:
-        return f"t − r in [{low}, {high}]"
-    return "r = t (closed form)" if low == 0 else "r = 0, t = 1 (one step)"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ class GuidanceConfig:
     omega_prime: float = 1.0  # ω′, the guidance scale that results, ω / (1 − κ); 1 is none
     kappa: float = 0.0  # κ in [0, 1), the weight of the network's own class-conditional velocity (Eq. 20)
     t_start: float = 0.0  # guided while t_start ≤ t ≤ t_end, outside trained without
-    t_end: float = 1.0
-    label_drop: float = 0.1  # probability that a sample trains without its label, in [0, 1)
-    unconditional_rows: str = "r_eq_t_first"  # which ones - r_eq_t_first: as the official release does; any
+    t_end: float = 1.0  # see t_start
+    label_drop: float = 0.1  # probability that a sample is trained without its label, in [0, 1)
+    unconditional_rows: str = "r_eq_t_first"  # which samples: r_eq_t_first (official release) or any
 
     def __post_init__(self):
         if not 0 <= self.kappa < 1:
@@ -42,10 +42,11 @@ class GuidanceConfig:
 
 
 def drop_labels(r: Tensor, t: Tensor, config: GuidanceConfig, generator: Generator) -> Tensor:
-    """The unconditional mask of a batch, samples that train without their label: (B,) bool, on the CPU as r, t (B,).
+    """The unconditional mask of a batch: (B,) bool, true where a sample is trained without its label.
 
-    The number is binomial. "r_eq_t_first": they are taken from the samples with r = t, evenly spread, and from others
-    only when those run out; so the null class hardly learns at r ≠ t. "any": drawn for each sample.
+    r, t (B,) on the CPU. The number of such samples is binomial. "r_eq_t_first" takes them from the samples with r = t,
+    evenly spaced, and from others only when there are too few; so the null class is hardly trained at r ≠ t. "any"
+    draws for each sample.
     """
     drawn = torch.rand(len(t), generator=generator) < config.label_drop
     if config.unconditional_rows == "any":
@@ -75,25 +76,24 @@ def guided_velocity(
     """v_g = ω (ε − x) + κ u(z, t, t | c) + (1 − ω − κ) u(z, t, t | ∅), Eq. (21), or Eq. (19) where κ = 0. (B, …).
 
     u is the network in evaluation mode. z, v (B, …): z_t and ε − x. t (B,) and the mask `unconditional` (B,), best on
-    the CPU: which rows need the network is then known without waiting for the device. class_labels (B,) int64 before
-    any was dropped. Unconditional samples and those outside the interval have v_g = v and cost no pass, nor does a
-    term whose weight is zero. `batched`: both passes as one of twice the batch.
+    the CPU: which rows need the network is then known without waiting for the device. class_labels (B,) int64, not
+    masked. Unconditional samples and those outside the interval have v_g = v and are not evaluated, nor is a term
+    whose weight is zero. `batched`: both evaluations in one pass of twice the batch.
     """
     weights = {"class": config.kappa, "null": 1 - config.omega - config.kappa}
-    needed = [name for name, weight in weights.items() if abs(weight) > 1e-12]
+    weights = {name: weight for name, weight in weights.items() if abs(weight) > 1e-12}
     rows = ((t >= config.t_start) & (t <= config.t_end) & ~unconditional).nonzero()[:, 0]
-    if not needed or len(rows) == 0:
+    if not weights or len(rows) == 0:
         return v
     rows = rows.to(z.device, non_blocking=True)
-    z, t, own = z[rows], t.to(z, non_blocking=True)[rows], class_labels[rows]
-    labels = {"class": own, "null": torch.full_like(own, null_class)}
-    others = {key: y[rows] for key, y in cond.items()}
+    z, t, labels = z[rows], t.to(z, non_blocking=True)[rows], class_labels[rows]
+    cond = {key: y[rows] for key, y in cond.items()}
+    labels = {"class": labels, "null": torch.full_like(labels, null_class)}
     guided = config.omega * v[rows]
-    for names in [needed] if batched else [[name] for name in needed]:
-        k = len(names)
-        t_k, cond_k = t.repeat(k), {key: y.repeat(k, *[1] * (y.ndim - 1)) for key, y in others.items()}
-        z_k = z.repeat(k, *[1] * (z.ndim - 1))
-        out = u(z_k, t_k, t_k, class_labels=torch.cat([labels[name] for name in names]), **cond_k).to(v.dtype)
-        for name, velocity in zip(names, out.chunk(k), strict=True):
+    for names in [list(weights)] if batched else [[name] for name in weights]:
+        z_k, t_k, *cond_k = (y.repeat(len(names), *[1] * (y.ndim - 1)) for y in (z, t, *cond.values()))
+        labels_k = torch.cat([labels[name] for name in names])
+        out = u(z_k, t_k, t_k, class_labels=labels_k, **dict(zip(cond, cond_k, strict=True))).to(v.dtype)
+        for name, velocity in zip(names, out.chunk(len(names)), strict=True):
             guided = guided + weights[name] * velocity
     return v.index_copy(0, rows, guided)

@@ -5,6 +5,7 @@ derivative are moved behind the others, so that a tangent covers the first n row
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -82,6 +83,8 @@ def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
         return Dual(x, torch.full_like(x[: len(dz)], speed)) if speed else x
 
     out = u(Dual(z, dz), along(r, dr), along(t, dt), **cond)
+    if not isinstance(out, Dual):  # a function of none of them
+        return out, torch.zeros_like(dz)
     return out.value, out.tangent
 
 
@@ -119,17 +122,23 @@ def compiled_jvp(network: nn.Module, method: str, mode: str) -> Callable:
 
 
 class CompiledDual:
-    """torch.compile cannot read dual numbers, but torch.export need not: it runs the network on them once and keeps
-    the plain operations that they turn into. That graph is then compiled.
+    """`dual_jvp` of one function, compiled.
 
-    Where the number of rows with a derivative varies from step to step it is rounded up, so that few graphs serve all.
+    torch.compile cannot trace dual numbers. torch.export runs the network on them once and records the plain operations
+    that they turn into; that graph is compiled. Where the number of rows with a derivative varies from step to step it
+    is rounded up, so that few graphs are enough.
     """
 
     def __init__(self, network: nn.Module, mode: str):
         self.network, self.mode = network, mode
+        self.u: Network | None = None
         self.graphs: dict[tuple, Callable] = {}
 
     def __call__(self, u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+        if self.u is None:
+            self.u = u
+        if u is not self.u:
+            raise ValueError("a compiled derivative is that of one function; set train.compile to null")
         dz, dr, dt = tangents
         n, part = len(dz), -(-len(z) // PARTS)
         padded = min(-(-n // part) * part, len(z))
@@ -153,8 +162,10 @@ class _ValueAndTangent(nn.Module):
 
 
 def _compile(module: nn.Module, inputs: tuple, mode: str) -> Callable:
-    exported = torch.export.export(module, inputs, strict=False).module(check_guards=False)
-    return torch.compile(exported, dynamic=False, fullgraph=True, mode=mode)
+    exported = torch.export.export(module, inputs, strict=False)
+    checked = "check_guards" in inspect.signature(exported.module).parameters  # not yet in 2.8
+    plain = exported.module(check_guards=False) if checked else exported.module()
+    return torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
 
 
 # --- activation checkpointing ------------------------------------------------------------------------------------

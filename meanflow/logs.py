@@ -2,9 +2,10 @@
 
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BAR_EVERY_S = 30.0
 
@@ -27,8 +28,18 @@ def log_to_console(rank: int = 0) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
-def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
+def progress_bar(iterable: Any = None, **options: Any) -> "tqdm":
     """A tqdm bar on stderr; where that is no terminal, a line every half minute instead of ten a second."""
+    from tqdm import tqdm  # here: messages, and the list of recipes, need no other package
+
     if not sys.stderr.isatty():
         options |= {"mininterval": BAR_EVERY_S, "maxinterval": BAR_EVERY_S}
     return tqdm(iterable, dynamic_ncols=True, **options)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 47 seconds, 2.2 minutes, 2.5 hours, 4.6 days."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,4 +1,4 @@
-"""Arithmetic that is the same whoever calls: what is stored, compared or published must not depend on TF32."""
+"""Arithmetic that does not depend on what the caller set: what is stored, compared or published uses no TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +8,29 @@ import torch
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Plain float32 in all threads: no TF32, no cuDNN search. What was set before is set again after.
+    """Plain float32 in all threads: no TF32, no cuDNN search. The caller's settings return afterwards.
 
     PyTorch's convolutions use TF32 unless told otherwise, and training sets what its recipe says; torch-fidelity and
-    diffusers take what they find.
+    diffusers take what they find. Newer versions (2.9) also have switches by operator. Both kinds are set, since
+    reading the older kind, as PyTorch itself does, raises an error where they contradict each other.
     """
     backends = torch.backends
-    switches = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
-    before = [switch.fp32_precision for switch in switches]
-    benchmark = backends.cudnn.benchmark
+    operators = []
+    if hasattr(backends.cudnn, "conv"):
+        operators = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        operators += [backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [operator.fp32_precision for operator in operators]
+    tf32 = before[1] == "tf32" if operators else backends.cudnn.allow_tf32
+    matmul, benchmark = torch.get_float32_matmul_precision(), backends.cudnn.benchmark
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        backends.cudnn.benchmark = False
+        _set("highest", False, False, operators, ["ieee"] * len(operators))
         yield
     finally:
-        backends.cudnn.benchmark = benchmark
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        _set(matmul, tf32, benchmark, operators, before)
+
+
+def _set(matmul: str, tf32: bool, benchmark: bool, operators: list, precisions: list[str]) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
+    for operator, precision in zip(operators, precisions, strict=True):
+        operator.fp32_precision = precision

@@ -16,11 +16,11 @@ class Times:
     sampler: str = "v0"  # v0: the paper's; v1: the official PyTorch release's later one
     distribution: str = "lognorm"  # lognorm or uniform
     mu: float = -0.4  # lognorm: t = sigmoid(mu + sigma·N(0, 1))
-    sigma: float = 1.0
-    mu_r: float | None = None  # v1 only: r has a lognorm of its own
-    sigma_r: float | None = None
-    ratio: float = 0.25  # share of samples with r ≠ t, in [0, 1]; 0 is Flow Matching
-    stratified: bool = True  # every batch has exactly this share; false: each sample is drawn
+    sigma: float = 1.0  # of the lognorm, as mu
+    mu_r: float | None = None  # v1 only: r = sigmoid(mu_r + sigma_r·N(0, 1)), at most t
+    sigma_r: float | None = None  # of that lognorm
+    ratio: float = 0.25  # fraction of samples with r ≠ t, in [0, 1]; 0 is Flow Matching
+    stratified: bool = True  # exactly this fraction of every batch; false: drawn for each sample
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -31,8 +31,8 @@ class Times:
             raise ValueError(f"ratio must be in [0, 1], got {self.ratio}")
         if self.sigma <= 0 or (self.sigma_r is not None and self.sigma_r <= 0):
             raise ValueError("sigma and sigma_r must be > 0")
-        own_r = self.mu_r is not None and self.sigma_r is not None
-        if self.sampler == "v1" and not (own_r and self.distribution == "lognorm"):
+        given = self.mu_r is not None and self.sigma_r is not None
+        if self.sampler == "v1" and not (given and self.distribution == "lognorm"):
             raise ValueError("sampler v1 needs distribution lognorm and numbers for mu_r and sigma_r")
         if self.sampler == "v0" and (self.mu_r is not None or self.sigma_r is not None):
             raise ValueError("mu_r and sigma_r belong to sampler v1: set them to null for v0")
@@ -45,9 +45,9 @@ class Times:
     def sample(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (r, t), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1.
 
-        Stratified, round(ratio·n) samples have r ≠ t, spread so evenly that any run of consecutive samples, and so
-        every process and micro-batch, has its share to within one. Under v1 fewer do: there r := t is set first and
-        r = min(t, r) is taken after, as the official release does.
+        Stratified, round(ratio·n) samples have r ≠ t, spread so evenly that any m consecutive samples, such as those of
+        a process or micro-batch, have ratio·m of them to within one. v1 has fewer: of the samples that were to have
+        r ≠ t it takes r = min(t, r), as the official release does.
         """
         a, b = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
         uniform = torch.rand(n, generator=generator)
@@ -67,6 +67,6 @@ class Times:
 
 
 def spread(count: int, n: int) -> Tensor:
-    """`count` of n positions, as evenly as can be: (n,) bool."""
+    """`count` of n positions, evenly spaced: (n,) bool."""
     i = torch.arange(n)
     return (i + 1) * count // max(n, 1) > i * count // max(n, 1)

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests of training and evaluation."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def _one_thread():
 @pytest.fixture
 def alone() -> DistributedContext:
     return DistributedContext(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def logged(caplog) -> pytest.LogCaptureFixture:
+    """What this package logs: `logged.messages`."""
+    caplog.set_level(logging.INFO, logger="meanflow")
+    return caplog
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class Gaussian:
         (mean_t, std_t), (mean_r, std_r) = self.moments(t), self.moments(r)
         return mean_r + std_r / std_t * (z - mean_t)
 
-    def average_velocity(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def average_velocity(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """u(z, r, t) of Eq. (3), with its limit v where r = t."""
         interval = (t - r)[:, None]
         safe = torch.where(interval == 0, 1, interval)

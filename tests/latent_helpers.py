@@ -1,6 +1,7 @@
 """Latents for the tests: tiny preparations, and a tiny AutoencoderKL in diffusers' layout."""
 
-import dataclasses
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,13 @@ import torch
 
 from meanflow.data.latents import LatentsConfig
 from meanflow.data.prepare_latents import prepare
+from meanflow.logs import log
 
-DIGITS = LatentsConfig(
-    kind="latents",
-    source="digits",
-    images=None,
-    latents="latents",
-    split="train",
-    vae="space-to-depth",
-    image_size=8,
-    flip=True,
-    decode_precision="fp32",
-    decode_batch=16,
-)
+DIGITS = LatentsConfig("latents", "latents", "space-to-depth", 8, source="digits", flip=True, decode_batch=16)
 
 
 def digits(latents: Path, **changes: Any) -> LatentsConfig:
-    return dataclasses.replace(DIGITS, latents=str(latents), **changes)
+    return replace(DIGITS, latents=str(latents), **changes)
 
 
 def from_folder(images: Path, latents: Path, **changes: Any) -> LatentsConfig:
@@ -32,10 +23,18 @@ def from_folder(images: Path, latents: Path, **changes: Any) -> LatentsConfig:
 
 
 def make(config: LatentsConfig, rank: int = 0, world: int = 1, **how: Any) -> list[str]:
-    """Prepare on the CPU, four images a shard unless said; what was said."""
-    said: list[str] = []
-    prepare(config, rank, world, "cpu", **({"shard_images": 4, "say": said.append} | how))
-    return said
+    """Prepare on the CPU, four images a shard unless told otherwise; what was logged."""
+    lines: list[str] = []
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        prepare(config, rank, world, "cpu", **({"shard_images": 4} | how))
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    return lines
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,20 @@ import torch
 import yaml
 from PIL import Image
 
+from meanflow.data import load_dataset
 from meanflow.errors import run_main
+from meanflow.logs import log_to_console
 from meanflow.training import settings
+from meanflow.training.batches import BatchStream
+from meanflow.training.checkpoint import PARTS, Checkpoint, list_checkpoints, load_checkpoint
 from meanflow.training.config import RunConfig
 from meanflow.training.loop import Evaluate, train
-from meanflow.training.metrics import read_metrics
-from meanflow.training.processes import DistributedContext
+from meanflow.training.metrics import StepSums, read_metrics
+from meanflow.training.processes import DistributedContext, GradientSum, leaving_distributed, start_distributed
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import set_up
+from meanflow.training.state import fresh_state
+from meanflow.training.step import accumulate, make_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -64,7 +72,16 @@ TREE: dict[str, Any] = {
     },
     "objective": {
         "kind": "meanflow",
-        "times": {"distribution": "lognorm", "mu": -0.4, "sigma": 1.0, "ratio": 0.75, "stratified": True},
+        "times": {
+            "sampler": "v0",
+            "distribution": "lognorm",
+            "mu": -0.4,
+            "sigma": 1.0,
+            "mu_r": None,
+            "sigma_r": None,
+            "ratio": 0.75,
+            "stratified": True,
+        },
         "p": 0.75,
         "c": 1e-3,
         "tangent": "(v, 0, 1)",
@@ -151,13 +168,51 @@ def write_images(folder: Path, count: int = 22, classes: int = 2, size: int = 8)
     return folder
 
 
-def train_run(config: RunConfig, run: RunFolder, ctx: DistributedContext, evaluate: Evaluate | None = None) -> int:
+def newest(run: Path) -> Checkpoint:
+    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two trees of dicts with the same keys differ, tensors by one bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [line for key in a for line in differences(a[key], b[key], f"{path}.{key}")]
+    return [] if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else [path]
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """To the bit: weights, averages, moments, and metrics but for what a clock measured."""
+    one, two = newest(a), newest(b)
+    assert one.meta["step"] == two.meta["step"] and one.meta["images"] == two.meta["images"]
+    assert [line for part in PARTS for line in differences(getattr(one, part), getattr(two, part), part)] == []
+    assert comparable_metrics(a) == comparable_metrics(b)
+
+
+def train_run(
+    config: RunConfig,
+    run: RunFolder,
+    ctx: DistributedContext,
+    evaluate: Evaluate | None = None,
+    requested: Collection[str] = (),
+) -> int:
     """The training part of the job, in this process; the exit code."""
-    run.path.mkdir(exist_ok=True)
-    run.check(config)
-    training = set_up(config, run, ctx)
-    run.write_config(config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    changed = run.check(config, requested)
+    training = set_up(config, run, ctx, requested)
+    if ctx.is_main:
+        run.write_config(config)
+        run.note_start(processes=ctx.world, step=training.state.step, changed=changed)
     return train(training, evaluate)
+
+
+def gradients_of_step(config: RunConfig, ctx: DistributedContext, step: int, times: int = 1) -> dict[str, torch.Tensor]:
+    """The gradient of a step of a fresh network; with `times` computed so often in a row, the last one."""
+    state = fresh_state(config, ctx.device)
+    total, loss = GradientSum(state.network, ctx), make_loss(state.network, config, ctx.device)
+    stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, ctx)
+    for _ in range(times):
+        accumulate(loss, stream.micro_batches(step), stream.micro_steps, config.train.batch, total, StepSums())
+    return {name: p.grad.clone() for name, p in state.network.named_parameters()}
 
 
 # --- processes -------------------------------------------------------------------------------------------------
@@ -236,6 +291,35 @@ def _entry(module: str, arguments: list[str], files: tuple[Path, Path], how: dic
 
 def start(module: str, *arguments: Any, logs: Path, **how: Any) -> Started:
     return Started(module, list(arguments), logs, **how)
+
+
+def in_processes(world: int, member: Callable[[DistributedContext, Path], Any], folder: Path) -> list[Any]:
+    """What `member(ctx, folder)` returns in each of `world` gloo processes, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    members = [context.Process(target=_member, args=(rank, world, port, member, folder)) for rank in range(world)]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join(300)
+    codes = [process.exitcode for process in members]
+    for process in members:
+        process.kill()
+    assert codes == [0] * world, f"exit codes {codes}: {(folder / 'log').read_text()[-2000:]}"
+    return [torch.load(folder / f"{world}-{rank}.result", weights_only=False) for rank in range(world)]
+
+
+def _member(rank: int, world: int, port: int, member: Callable, folder: Path) -> None:
+    torch.set_num_threads(1)
+    redirect((folder / "log", folder / "log"))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    log_to_console(rank)
+    with leaving_distributed():
+        result = member(start_distributed("cpu"), folder)
+    torch.save(result, folder / f"{world}-{rank}.result")
 
 
 def until(condition, seconds: float = 60) -> None:

@@ -6,141 +6,127 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-PACKAGES = ("unet", "dit", "meanflow", "eval", "tests")
-# Where imports come from → what of ours they may name, besides their own package. A later package may be missing.
-CORE = {
-    "errors",
-    "random",
-    "progress",
-    "objective",
-    "times",
-    "sampling",
-    "guidance",
-    "dual",
-    "tangent",
-    "recompute",
-    "precision",
-}
+# What of this repository a package imports besides itself. The core is meanflow/*.py, dual and objectives.
+CORE = {f"meanflow.{path.stem}" for path in (ROOT / "meanflow").glob("*.py")} | {"meanflow.dual", "meanflow.objectives"}
 ALLOWED = {
     "unet": set(),
     "dit": set(),
-    "meanflow": {f"meanflow.{name}" for name in CORE},
+    "meanflow": CORE,
+    "meanflow.dual": CORE,
+    "meanflow.objectives": CORE,
     "meanflow.data": {"meanflow.errors", "meanflow.random", "meanflow.logs", "meanflow.precision"},
     "meanflow.training": {"meanflow", "unet", "dit"},
-    "eval": {"meanflow", "unet", "dit"},
-    "eval.tables": {"meanflow", "eval"},
-    "eval.reports": {"meanflow", "eval"},
-    "eval.benchmark": {"meanflow", "eval"},
-    "eval.toy": {"meanflow", "eval"},
+    "eval": {"meanflow"},
+    "run.py": {"meanflow", "eval"},
 }
-PART_OF = {
-    "eval.tables": "eval.table",
-    "eval.reports": "eval.report",
-    "eval.benchmark": "eval.bench",
-    "eval.toy": "eval.toy2d",
+COMMAND_OF = {  # folder of eval → the command that its parts belong to
+    **{"scoring": "eval.fid", "sampling": "eval.sample", "reports": "eval.report"},
+    **{"tables": "eval.table", "benchmark": "eval.bench", "toy": "eval.toy2d"},
 }
-SOURCES = sorted(path for package in PACKAGES if package != "tests" for path in (ROOT / package).rglob("*.py"))
+OURS = {"unet", "dit", "meanflow", "eval", "run", "tests"}
+SOURCES = sorted([ROOT / "run.py", *(path for name in OURS - {"run", "tests"} for path in (ROOT / name).rglob("*.py"))])
+FILES = {"os", "shutil", "pathlib", "io", "json", "yaml", "pickle", "tempfile", "subprocess", "urllib", "glob"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def package_of(path: Path) -> str:
+    """The key of `ALLOWED` that a file belongs to."""
+    if path.parent == ROOT:
+        return path.name
     parts = path.relative_to(ROOT).parts[:-1]
-    return ".".join(parts[:2])
+    return "eval" if parts[0] == "eval" else ".".join(parts[:2])
+
+
+def nodes(path: Path, kind):
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kind)]
 
 
 def imports_of(path: Path) -> set[str]:
     """Dotted names that a file imports, wherever in it; `from a import b` counts as a.b, which a or b may be."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in nodes(path, ast.Import | ast.ImportFrom):
+        assert not getattr(node, "level", 0), f"{path}: relative import"
+        prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        found |= {prefix + alias.name for alias in node.names}
     return found
-
-
-def ours(name: str) -> bool:
-    return name.partition(".")[0] in PACKAGES
 
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
+def wrong_arrows(path: Path, package: str) -> set[str]:
+    allowed = ALLOWED[package] | {package} - {"meanflow"}  # whose folders are packages of their own
+    ours = {name for name in imports_of(path) if name.partition(".")[0] in OURS}
+    return {name for name in ours if not any(within(name, other) for other in allowed)}
+
+
 def test_the_sources_are_found():
-    names = {package_of(path) for path in SOURCES}
-    assert {"unet", "meanflow", "meanflow.data", "meanflow.training", "eval"} <= names <= set(ALLOWED)
-    assert len(SOURCES) > 30
+    assert {package_of(path) for path in SOURCES} == set(ALLOWED)
+    assert {folder.name for folder in (ROOT / "eval").iterdir() if any(folder.glob("*.py"))} == set(COMMAND_OF)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_follow_the_arrows(path):
-    package = package_of(path)
-    for name in sorted(filter(ours, imports_of(path))):
-        if package == "meanflow":  # the method: its own top-level modules, never the packages below it
-            assert any(within(name, module) for module in ALLOWED["meanflow"]), f"{package} → {name}"
-            continue
-        allowed = {package, *ALLOWED[package]}
-        assert any(within(name, other) for other in allowed), f"{package} → {name}"
-
-
-@pytest.mark.parametrize(("package", "command"), PART_OF.items())
-def test_the_parts_of_a_command_do_not_know_it(package, command):
-    for path in (ROOT / package.replace(".", "/")).glob("*.py"):
-        assert not any(within(name, command) for name in imports_of(path)), path
-
-
-def test_the_core_modules_are_those_listed():
-    """A new module of the method is a decision: name it above."""
-    assert {path.stem for path in (ROOT / "meanflow").glob("*.py")} - {"__init__"} <= CORE
-
-
-@pytest.mark.parametrize("package", ["unet", "meanflow"])
-def test_networks_and_method_know_no_files(package):
-    """unet and meanflow/*.py: tensors and callables. `errors` names paths in messages, `progress` writes to stderr."""
-    files = {"os", "shutil", "pathlib", "io", "json", "yaml", "pickle", "tempfile", "subprocess", "urllib", "glob"}
-    for path in (ROOT / package).glob("*.py"):
-        if path.stem in ("errors", "random"):  # random hashes JSON text, errors names paths
-            continue
-        top = {name.partition(".")[0] for name in imports_of(path)}
-        assert not top & files, f"{path}: {top & files}"
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        calls = {
-            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        }
-        assert "open" not in calls, path
-
-
-def test_importing_has_no_effect():
-    """Nothing at import time but definitions: no statement of a module's body calls something for its effect."""
-    for path in SOURCES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
-                continue
-            call = ast.unparse(node.value)
-            assert call.startswith(("matplotlib.use(", "_shape_rule(", "register(")), f"{path}:{node.lineno}: {call}"
-
-
-def test_no_exception_is_swallowed():
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ExceptHandler):
-                assert node.type is not None, f"{path}:{node.lineno}: bare except"
-                assert not isinstance(node.body[0], ast.Pass), f"{path}:{node.lineno}: except … pass"
-
-
-def test_library_code_does_not_print():
-    """Below the entry points, words go through a `say` that the caller chooses."""
-    for path in SOURCES:
-        if package_of(path) == "eval" or path.stem == "errors":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), f"{path}:{node.lineno}"
+    assert not wrong_arrows(path, package_of(path))
+    command = COMMAND_OF.get(path.parent.name) if path.is_relative_to(ROOT / "eval") else None
+    assert command is None or not any(within(name, command) for name in imports_of(path)), "a part knows its command"
 
 
 def test_the_checker_sees_a_wrong_arrow(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("def f():\n    from eval.plot import plot\n    import meanflow.training.loop as loop\n")
     assert imports_of(file) == {"eval.plot.plot", "meanflow.training.loop"}
-    assert not any(within("eval.plot.plot", other) for other in ALLOWED["meanflow.training"])
+    assert wrong_arrows(file, "meanflow.training") == {"eval.plot.plot"}
+    assert wrong_arrows(file, "meanflow") == wrong_arrows(file, "unet") == imports_of(file)
     assert not within("meanflow.datasets", "meanflow.data")
+
+
+def test_no_objective_is_named():
+    """Outside their folder objectives are found by `kind`; `meanflow/__init__.py` offers MeanFlow to scripts."""
+    files = (ROOT / "meanflow" / "objectives").glob("*.py")
+    objectives = {module_of(file) for file in files} - {"meanflow.objectives", "meanflow.objectives.base"}
+    assert "meanflow.objectives.meanflow" in objectives
+    for path in SOURCES:
+        if package_of(path) == "meanflow.objectives" or module_of(path) == "meanflow":
+            continue
+        words = {str(node.value) for node in nodes(path, ast.Constant)} | imports_of(path)
+        assert not any(within(word, objective) for word in words for objective in objectives), path
+
+
+def test_networks_and_method_know_no_files():
+    """Tensors and callables. `errors` and `logs` are about files and streams, `random` hashes JSON text."""
+    packages = {"unet", "dit", "meanflow", "meanflow.dual", "meanflow.objectives"}
+    others = {"meanflow.errors", "meanflow.logs", "meanflow.random"}
+    for path in SOURCES:
+        if package_of(path) in packages and module_of(path) not in others:
+            assert not {name.partition(".")[0] for name in imports_of(path)} & FILES, path
+            assert "open" not in {getattr(call.func, "id", "") for call in nodes(path, ast.Call)}, path
+
+
+def test_importing_has_no_effect():
+    """Nothing at import time but definitions: no statement of a module's body calls something for its effect."""
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                call = ast.unparse(node.value)
+                assert call.startswith(("matplotlib.use(", "register(")), f"{path}:{node.lineno}: {call}"
+
+
+def test_no_exception_is_swallowed():
+    for path in SOURCES:
+        for node in nodes(path, ast.ExceptHandler):
+            assert node.type is not None and not isinstance(node.body[0], ast.Pass), f"{path}:{node.lineno}"
+
+
+def test_library_code_logs_and_does_not_print():
+    """Only commands write to stdout; errors.py and logs.py do it for them."""
+    for path in SOURCES:
+        if package_of(path) in {"eval", "run.py"} or module_of(path) in {"meanflow.errors", "meanflow.logs"}:
+            continue
+        for call in nodes(path, ast.Call):
+            to_stdout = not any(keyword.arg == "file" for keyword in call.keywords)
+            assert getattr(call.func, "id", "") != "print" or not to_stdout, f"{path}:{call.lineno}"

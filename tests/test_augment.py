@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from meanflow.training.feeds import ImageFeed
 from running import tiny_config
 
 from meanflow.data import Dataset
 from meanflow.data.augment import DELAY, SYM6, AugmentDraw, _from_parameters, apply, draw
 from meanflow.random import generator
+from meanflow.training.batches import ImageFeed
 
 
 def make_draw(n=1, flip=0.0, a=0.0, b=0.0, theta=0.0, x=0.0, y=0.0, warped=True, anisotropy="appendix") -> AugmentDraw:

@@ -5,19 +5,23 @@ from collections import Counter
 
 import pytest
 import torch
+from report_helpers import refused
 from running import guided_latent_changes, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval import bench
-from eval.benchmark import rows as bench_rows
+from eval.benchmark import FLOW_MATCHING, PLAIN, SEPARATE, clock, rows
 from eval.benchmark.clock import Spread, ratio, take_turns
 from eval.benchmark.rows import Row
-from eval.benchmark.steps import FLOW_MATCHING, PLAIN, SEPARATE, WAYS, Setting, Step, peak_memory
-from meanflow.errors import UserError
+from eval.benchmark.steps import WAYS, Setting, Step, peak_memory
+from meanflow import jvp
+from meanflow.errors import AssetError, UserError
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.training import config as config_module
 from meanflow.training.batches import BatchStream
-from meanflow.training.loop import open_data
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.processes import DistributedContext, GradientSum
+from meanflow.training.setup import open_data
 from meanflow.training.state import fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
@@ -55,17 +59,15 @@ def passes(step: Step) -> dict[tuple[str, int], float]:
     return {what: count / convolutions for what, count in counter.seen.items()}
 
 
-def test_flow_matching_is_one_pass_forward_and_one_backward(step):
-    assert passes(step(FLOW_MATCHING)) == {("with graph", B): 1, ("backward", B): 1}
-
-
-def test_dual_numbers_add_one_pass_without_graph_of_the_rows_that_move(step):
-    assert passes(step("dual")) == {("with graph", B): 1, ("without", N): 1, ("backward", B): 1}
-
-
-def test_only_the_rows_that_move_pay(step):
-    assert passes(step("dual", "objective.times.ratio=0.25"))["without", 2] == 1
-    assert passes(step("dual", "objective.times.ratio=1.0"))["without", B] == 1
+@pytest.mark.parametrize(
+    ("way", "ratio", "without_graph"),
+    [(FLOW_MATCHING, 0.75, {}), ("dual", 0.75, {N: 1}), ("dual", 0.25, {2: 1}), ("dual", 1.0, {B: 1})],
+)
+def test_dual_numbers_add_one_pass_without_graph_of_the_rows_with_r_neq_t(step, way, ratio, without_graph):
+    """To one pass forward and one backward, which are all of Flow Matching."""
+    expected = {("with graph", B): 1, ("backward", B): 1}
+    expected |= {("without", count): times for count, times in without_graph.items()}
+    assert passes(step(way, f"objective.times.ratio={ratio}")) == expected
 
 
 def test_the_other_ways_cost_what_they_are_said_to(step):
@@ -85,7 +87,7 @@ def saved_bytes(step: Step) -> int:
     torch.manual_seed(0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = step.loss(step.batch)
-    assert out.weighted.requires_grad
+    assert out.per_sample.requires_grad
     return sum(storages.values())
 
 
@@ -99,16 +101,16 @@ def test_the_host_never_waits_for_the_gpu_between_reads_of_the_metrics(tmp_path)
     config = tiny_config(model__attention=[8], model__dropout=0.2, logging__flush_every=50)
     alone = DistributedContext(0, 1, torch.device("cuda"))
     configure_numerics(config.train)
-    state, data = fresh_state(config, alone.device), open_data(config, alone, lambda line: None)
+    state, data = fresh_state(config, alone.device), open_data(config, alone)
     stream, loss = BatchStream(data, config, alone), make_loss(state.network, config, alone.device)
     gradients, log = GradientSum(state.network, alone), MetricsLog(tmp_path / "metrics.jsonl", alone, 50, 0.0)
     for k in range(6):
         torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
-        sums = StepSums(alone.device, False)
+        sums = StepSums()
         accumulate(loss, stream.micro_batches(k), stream.micro_steps, config.train.batch, gradients, sums)
         norm = update(state.optimizer, gradients.parameters, config.optim, k, state.guard)
         state.ema.update(k + 1)
-        log.record(k + 1, 0, config.train.batch, 0.0, sums, norm, state.guard.skipped)
+        log.record(k + 1, config.train.batch, 0.0, sums, norm, state.guard.skipped)
     torch.cuda.set_sync_debug_mode("default")
 
 
@@ -123,22 +125,25 @@ def test_contenders_take_turns_and_drift_cancels():
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
 
 
-def test_a_row_says_whether_it_meets_its_figure():
-    one = Spread.of([1.0])
-    assert [Row("", one, reach, at_most).state for reach, at_most in ((1.1, True), (0.9, True), (1.1, False))] == [
-        "met",
-        "not met",
-        "not met",
-    ]
-    assert Row("", one, None, True).state == "no figure was set"
-    assert Row("", None, 2.0, True, "no GPU").state == "not measurable here: no GPU"
+@pytest.mark.parametrize(
+    ("figure", "reach", "at_most", "state"),
+    [
+        (1.0, 1.1, True, "met"),
+        (1.0, 0.9, True, "not met"),
+        (1.0, 1.1, False, "not met"),
+        (1.0, None, True, "no figure was set"),
+        (None, 2.0, True, "not measurable here: no GPU"),
+    ],
+)
+def test_a_row_says_whether_it_meets_its_figure(figure, reach, at_most, state):
+    assert Row("", figure and Spread.of([figure]), reach, at_most, "no GPU").state == state
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch, capsys, bf16):
-    for module in (bench, bench_rows):  # on any machine, as if it had bf16 instructions or none
+    for module in (clock, rows):  # on any machine, as if it had bf16 instructions or none
         monkeypatch.setattr(module, "cpu_has_bf16", lambda: bf16)
-    monkeypatch.setattr(bench_rows, "peak_memory", lambda setting, device: 200.0 + len(setting.way))
+    monkeypatch.setattr(rows, "peak_memory", lambda setting, device: 200.0 + len(setting.way))
     out = tmp_path / "bench.json"
     how = ["--batch", "8", "--repeats", "2", "--jvp", "dual,func,separate", "--device", "cpu", "--out", str(out)]
     assert bench.main([str(recipe(model__width=4)), *how]) == 0
@@ -161,23 +166,41 @@ def test_the_command_prints_and_writes_all_figures(recipe, tmp_path, monkeypatch
     assert sum(row["figure"] is not None for row in report["rows"]) == 5 + bf16
 
 
-def test_latent_recipes_too(tmp_path, recipe, capsys):
+def test_latent_recipes_and_objectives_without_a_plain_form(tmp_path, recipe, capsys, monkeypatch, caplog):
     path = recipe(**guided_latent_changes(tmp_path / "latents"))
-    assert bench.main([str(path), "--repeats", "1", "--rows", "step,outside,sampling", "--device", "cpu"]) == 0
-    assert "share of the step" in capsys.readouterr().out
+    monkeypatch.setattr(MeanFlow, "plain", None)
+    with caplog.at_level("INFO", "meanflow"):
+        assert (
+            bench.main([str(path), "--repeats", "1", "--rows", "step,plain,outside,sampling", "--device", "cpu"]) == 0
+        )
+    assert "tiny: objective meanflow has no plain form to compare with" in caplog.messages
+    out = capsys.readouterr().out
+    assert "share of the step" in out and "images/s on a" not in out
 
 
-def test_memory_is_that_of_a_process_of_its_own(recipe):
+def test_memory_is_that_of_a_separate_process(recipe):
     peak = peak_memory(Setting(recipe(model__width=4), (), 2, "dual", "fp32", None), CPU, steps=1)
     assert 50 < peak < 5000
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--batch", "0"], ["--rows", "speed"], ["--precisions", "fp16"], ["--jvp", "dual,dual"]]
+    "arguments",
+    [["--batch", "0"], ["--rows", "speed"], ["--precisions", "fp16"], ["--jvp", "dual,dual"], ["--compile", "fast"]],
 )
 def test_bad_arguments_are_one_line(arguments):
-    with pytest.raises(UserError, match=arguments[0]):
-        bench.main(arguments)
+    assert arguments[0] in refused(UserError, bench.main, *arguments)
+
+
+def test_recipes_and_files_that_are_not_there(tmp_path, recipe):
+    assert "no such recipe" in refused(UserError, bench.main, "nothing")
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path, tmp_path / "file" / "out.json"):
+        assert str(out) in refused(AssetError, bench.main, recipe(), "--out", out)
+
+
+def test_the_names_that_it_takes_are_those_of_the_settings():
+    theirs = (config_module.PRECISIONS, config_module.COMPILE_MODES, jvp.METHODS)
+    assert theirs == (bench.PRECISIONS, bench.COMPILE_MODES, bench.METHODS)
 
 
 def test_flops_of_a_step(step):

@@ -88,11 +88,11 @@ def test_decoding_in_parts_and_in_bf16(vae):
 def test_the_vae_computes_in_exact_float32_whatever_training_set(vae, monkeypatch):
     codec, found = opened(vae), []
     for part in (codec.vae.encoder, codec.vae.decoder):
-        part.register_forward_pre_hook(lambda *_: found.append(torch.backends.cudnn.conv.fp32_precision))
+        part.register_forward_pre_hook(lambda *_: found.append(torch.backends.cudnn.allow_tf32))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     codec.encode(some_images())
     codec.decode(torch.zeros(1, 4, 8, 8))
-    assert found == ["ieee", "ieee"] and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert found == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 def test_images_that_the_vae_does_not_take(vae):
@@ -109,6 +109,18 @@ def refused(vae, *texts):
     assert "\n" not in line and line.startswith(f"data.vae {vae}") and all(text in line for text in texts), line
 
 
+@pytest.fixture
+def copy(vae, tmp_path):
+    """Files of the same VAE, to be damaged."""
+    return shutil.copytree(vae, tmp_path / "vae")
+
+
+def edit_config(folder, remove: str = "", **changes):
+    tree = json.loads((folder / "config.json").read_text()) | changes
+    tree.pop(remove, None)
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
@@ -122,23 +134,17 @@ def refused(vae, *texts):
         ({"layers_per_block": 0}, "does not fit its config.json (unexpected"),
     ],
 )
-def test_another_vae_than_its_files_should_be(vae, tmp_path, change, text):
-    copy = save_tiny_vae(tmp_path / "vae")
-    config = copy / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+def test_another_vae_than_its_files_should_be(copy, change, text):
+    edit_config(copy, **change)
     refused(copy, text)
 
 
-def test_a_config_that_states_no_scale_has_stable_diffusions(vae, tmp_path):
-    config = save_tiny_vae(tmp_path / "vae") / "config.json"
-    tree = json.loads(config.read_text())
-    del tree["scaling_factor"]
-    config.write_text(json.dumps(tree))
-    assert opened(config.parent).scale == SD_SCALE
+def test_a_config_that_states_no_scale_has_stable_diffusions(copy):
+    edit_config(copy, remove="scaling_factor")
+    assert opened(copy).scale == SD_SCALE
 
 
-def test_files_that_are_missing_or_damaged(vae, tmp_path):
-    copy = save_tiny_vae(tmp_path / "vae")
+def test_files_that_are_missing_or_damaged(copy):
     weights = copy / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     for damage in (b"", b"junk", whole[:-9], whole[:100], b"\xff" * 8 + whole[8:]):
@@ -152,29 +158,36 @@ def test_files_that_are_missing_or_damaged(vae, tmp_path):
     refused(copy, "there is no diffusion_pytorch_model.safetensors", "can run code")
 
 
-def test_a_hub_name_without_network(monkeypatch, tmp_path):
+@pytest.fixture
+def offline_hub(monkeypatch, tmp_path):
+    """The hub's cache, without a network."""
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    refused("stabilityai/sd-vae-ft-mse", "cannot be downloaded", "hf download stabilityai/sd-vae-ft-mse config.json")
-    refused("no/such/name", "cannot be downloaded")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
-def test_a_hub_name_that_is_cached(vae, monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--some--vae"
+@pytest.mark.parametrize("name", ["stabilityai/sd-vae-ft-mse", "no/such/name", "long" * 99])
+def test_a_hub_name_without_network(offline_hub, name):
+    refused(name, "cannot be downloaded", f"hf download {name} config.json")
+
+
+def test_a_hub_name_that_is_cached(vae, offline_hub):
+    repository = offline_hub / "models--some--vae"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123abc")
     shutil.copytree(vae, repository / "snapshots" / "0123abc")
-    codec = opened("some/vae")
-    assert codec.record == {"name": "some/vae", "sha256": opened(vae).record["sha256"]}
+    assert opened("some/vae").record == {"name": "some/vae", "sha256": opened(vae).record["sha256"]}
+
+
+def test_the_home_folder_is_expanded(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert opened("~/vae").record["sha256"] == opened(copy).record["sha256"]
 
 
 def test_without_diffusers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("stabilityai/sd-vae-ft-mse", "pip install -r requirements-imagenet.txt")
+    refused("stabilityai/sd-vae-ft-mse", "-m pip install diffusers safetensors huggingface-hub")
     (tmp_path / "diffusion_pytorch_model.safetensors").touch()
-    refused(tmp_path, "pip install -r requirements-imagenet.txt")
+    refused(tmp_path, "-m pip install diffusers safetensors huggingface-hub")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
+import run
 from eval.tables.config import Run, load_table
 from meanflow.errors import ConfigError
 from meanflow.training import settings
@@ -18,7 +19,8 @@ from meanflow.training.config import RunConfig, config_from_tree, load_config
 TEXT = (ROOT / "docs" / "paper-to-code.md").read_text(encoding="utf-8")
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 TABLES = ROOT / "recipes" / "tables"
-OWN_COMMANDS = {"test", "lint", "torture"}  # of run.sh, besides recipes
+COMMANDS = {"test", "lint", "stress", *run.commands()}  # of run.sh, besides recipes
+ASSIGNMENT = re.compile(r" (?=\w+(?:\.\w+)+=)")
 ITEMS = [
     *(f"({n})" for n in range(1, 25)),
     *("Algorithm 1", "Algorithm 2", "Table 1a", "Table 1b", "Table 1c", "Table 1d", "Table 1e", "Table 1f", "Table 2"),
@@ -78,7 +80,7 @@ def wrong_names(path: str, listed: str) -> str:
 
 
 def wrong_settings(where: str | None, text: str) -> str:
-    assignments = re.split(r" (?=\w+\.\w+=)", text)
+    assignments = ASSIGNMENT.split(text)
     known = {key for name in RECIPES for key in settings.flatten(settings.to_tree(recipe(name)))}
     if unknown := [key for key in (part.partition("=")[0] for part in assignments) if key not in known]:
         return f"no setting {', '.join(unknown)}"
@@ -93,21 +95,16 @@ def wrong_settings(where: str | None, text: str) -> str:
 
 
 def wrong_command(name: str) -> str:
-    return "" if name in OWN_COMMANDS or list((ROOT / "recipes").rglob(f"{name}.yaml")) else "run.sh knows no such name"
-
-
-def wrong_module(name: str) -> str:
-    return "" if (ROOT / f"{name.replace('.', '/')}.py").is_file() else "there is no such module"
+    return "" if name in COMMANDS or list((ROOT / "recipes").rglob(f"{name}.yaml")) else "run.sh knows no such name"
 
 
 READERS = {
     r"(tests/\S+\.py)::(test_\w+)": wrong_names,
     r"(\S+\.py): (\w+(?:\.\w+)*(?:, \w+(?:\.\w+)*)*)": wrong_names,
     r"bash run\.sh (\w+)(?: .+)?": wrong_command,
-    r"python -m ([\w.]+)(?: .+)?": wrong_module,
     r"(torch(?:\.\w+)+)": lambda name: "" if pydoc.locate(name) else "PyTorch has no such thing",
     r"([\w-]+(?:/[\w-]+)+\.(?:py|md|yaml))": lambda path: "" if (ROOT / path).is_file() else "there is no such file",
-    r"(?:([\w*?\[\]]+): )?([a-z]+\.\w+(?:=.+)?)": wrong_settings,
+    r"(?:([\w*?\[\]]+): )?([a-z]+(?:\.\w+)+(?:=.+)?)": wrong_settings,
 }
 
 
@@ -136,18 +133,18 @@ def test_whatever_it_names_is_there():
     "span",
     [
         "meanflow/objectives.py",
-        "meanflow/objective.py: meanflow_lost",
+        "meanflow/objectives/meanflow.py: MeanFlow.lost",
         "meanflow/training/batches.py: BatchStream.micro_batch",
         "tests/test_times.py::test_exact_shares",
         "tests/test_time.py::test_exact_share",
-        "times.ratios",
-        "times.share=each",
+        "objective.times.ratios",
+        "objective.times.sampler=v2",
         "cifar10: objective.times.ratio=0.25",
         "imagenet_*: model.depth=12",
         "cifar100: objective.times.ratio=0.75",
-        "demo_guided: guidance.omega=3",
+        "demo_guided: guidance.omega_prime=4",
         "bash run.sh table9",
-        "python -m eval.bunch",
+        "bash run.sh bunch",
         "torch.func.jpv",
         "sample",
     ],
@@ -176,7 +173,7 @@ def test_the_papers_figures_are_those_of_the_tables():
     ]
     assert len(quoted) == 32
     for value, table, text in quoted:
-        matching = [run for run in rows(table) if holds(run.recipe, re.split(r" (?=\w+\.\w+=)", text))]
+        matching = [run for run in rows(table) if holds(run.recipe, ASSIGNMENT.split(text))]
         assert any(value in run.row.paper for run in matching), f"{table}: {text}: {value}"
 
 

@@ -1,99 +1,87 @@
-"""The same numbers: every fast path of the step against `eval.bench`'s plain one (one full-batch torch.func.jvp)."""
+"""The same numbers: each way of computing a step's loss against the objective's specification, `Objective.plain`."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from meanflow.training.network import build_network
+from method_helpers import assert_close, loss_of, perturbed, precisions, selected, with_gradient
 from running import guided_latent_changes, tiny_config
 
-from eval.benchmark.steps import plain_loss, plain_tangent, separate_tangent
+from eval.benchmark.steps import separate_jvp
+from meanflow.data import Dataset
 from meanflow.dual import value_of
-from meanflow.jvp import JVPS
+from meanflow.jvp import value_and_jvp
+from meanflow.training.batches import BatchStream
 from meanflow.training.estimate import random_batch
+from meanflow.training.processes import DistributedContext
+from meanflow.training.state import build_network
 from meanflow.training.step import make_loss
 
-UNET = {"model__attention": [4], "model__multipliers": [1, 2], "model__dropout": 0.2}
+UNET = {"model__attention": [4], "model__multipliers": [1, 2]}
 DIT = guided_latent_changes()
 CPU = torch.device("cpu")
+backbones = pytest.mark.parametrize("changes", [UNET, DIT], ids=["unet", "dit"])
 
 
-def case(changes, dtype=torch.float32, batch=8, seed=0, **more):
-    """A config without guidance, a network as after training (nothing is zero), and a batch."""
-    config = replace(tiny_config(**{**changes, **more}, train__batch=batch, seed=seed), guidance=None)
-    network = build_network(replace(config, seed=0), CPU).to(dtype).train()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    micro = random_batch(config, batch, CPU)
-    cond = {key: y.to(dtype) if y.is_floating_point() else y for key, y in micro.cond.items()}
-    x, eps, t, r = (y.to(dtype) for y in (micro.x, micro.eps, micro.t, micro.r))
-    return config, network, replace(micro, x=x, eps=eps, t=t, r=r, cond=cond)
+def case(changes, dtype=torch.float32, size=8, seed=0, **more):
+    """A config without guidance, a network as after training, and a batch."""
+    config = replace(tiny_config(**{**changes, **more}, seed=seed), guidance=None)
+    network = perturbed(build_network(replace(config, seed=0), CPU).to(dtype).train())
+    b = random_batch(config, size, CPU)
+    cond = {key: y.to(dtype) if y.is_floating_point() else y for key, y in b.cond.items()}
+    x, eps, r, t = (y.to(dtype) for y in (b.x, b.eps, b.r, b.t))
+    return config, network, replace(b, x=x, eps=eps, r=r, t=t, cond=cond)
 
 
-def loss_and_gradient(network, loss, batch):
-    network.zero_grad()
+def ours(network, config, b, **train):
+    """Losses and gradient by `make_loss`, under other settings of `train`, such as precision."""
     torch.manual_seed(5)  # of dropout
-    out = loss(batch)
-    out.mean.backward()
-    return out.weighted.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+    config = replace(config, train=replace(config.train, **train))
+    return with_gradient(network, make_loss(network, config, CPU)(b).per_sample)
 
 
-def plain(network, config, batch, tangent=plain_tangent):
-    return loss_and_gradient(network, lambda batch: plain_loss(tangent, network, batch, config.loss), batch)
+def plain(network, config, b):
+    torch.manual_seed(5)
+    return with_gradient(network, loss_of(network, b, config.objective, plain=True))
 
 
-def assert_close(ours, theirs, tolerance):
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
-
-
-@pytest.fixture
-def masks_by_position(monkeypatch):
-    """Dropout masks that do not depend on the memory format, which the plain step changes on its way."""
-
-    def dropout(x, p, training):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@precisions
+@backbones
+def test_dual_numbers_equal_the_plain_step_with_the_same_dropout_masks(
+    monkeypatch, changes, dtype, tolerance, checkpointing
+):
+    def dropout(x, p, training):  # its masks do not depend on the memory format, which the plain step changes
         return x * torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - p).div_(1 - p) if training and p else x
 
     monkeypatch.setattr(F, "dropout", dropout)
-
-
-@pytest.mark.parametrize("changes", [UNET, DIT], ids=["unet", "dit"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("way", ["dual", "dual, recomputed"])
-def test_dual_numbers_equal_the_plain_step_with_the_same_dropout_masks(
-    masks_by_position, changes, dtype, tolerance, way
-):
-    recomputed = {"train__activation_checkpointing": way.endswith("recomputed")}
-    config, network, batch = case(changes, dtype, **recomputed)
-    ours = loss_and_gradient(network, make_loss(network, config, CPU), batch)
-    assert_close(ours, plain(network, config, batch), tolerance)
+    changes = {**changes, "model__dropout": 0.2} if changes is UNET else changes
+    config, network, b = case(changes, dtype)
+    found = ours(network, config, b, activation_checkpointing=checkpointing)
+    assert_close(found, plain(network, config, b), tolerance)
     network.eval()  # the masks were there
-    assert changes is DIT or not torch.allclose(ours[0], plain(network, config, batch)[0], rtol=1e-4)
+    assert changes is DIT or not torch.allclose(found[0], plain(network, config, b)[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{**UNET, "model__dropout": 0.0}, DIT], ids=["unet", "dit"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_ways_that_split_the_batch_equal_the_plain_step(changes, dtype, tolerance):
-    """Their dropout masks are others, since the rows with r = t go through the network apart."""
-    for jvp in JVPS:
-        config, network, batch = case(changes, dtype, train__jvp=jvp)
-        expected = plain(network, config, batch)
-        assert_close(loss_and_gradient(network, make_loss(network, config, CPU), batch), expected, tolerance)
-    assert_close(plain(network, config, batch, separate_tangent), expected, tolerance)
+@pytest.mark.parametrize("way", ["func", "separate"])
+@precisions
+@backbones
+def test_every_derivative_equals_the_plain_step(changes, dtype, tolerance, way):
+    config, network, b = case(changes, dtype)
+    if way == "separate":
+        jvp = functools.partial(value_and_jvp, take=separate_jvp)
+        found = with_gradient(network, loss_of(network, b, config.objective, jvp=jvp))
+    else:
+        found = ours(network, config, b, jvp=way)
+    assert_close(found, plain(network, config, b), tolerance)
 
 
 def test_micro_batches_add_up_to_the_plain_step():
-    config, network, batch = case({**UNET, "model__dropout": 0.0}, torch.float64)
-    loss, parts = make_loss(network, config, CPU), []
-    for rows in (slice(0, 8, 2), slice(1, 8, 2)):
-        cond = {key: y[rows] for key, y in batch.cond.items()}
-        part = replace(batch, x=batch.x[rows], eps=batch.eps[rows], t=batch.t[rows], r=batch.r[rows], cond=cond)
-        parts.append(loss_and_gradient(network, loss, part)[1])
-    expected = plain(network, config, batch)[1]
-    assert (sum(parts) / 2 - expected).norm() <= 1e-10 * expected.norm()
+    config, network, b = case(UNET, torch.float64)
+    parts = [ours(network, config, selected(b, slice(k, 8, 2)))[1] for k in range(2)]
+    assert_close([sum(parts) / 2], [plain(network, config, b)[1]], 1e-10)
 
 
 @pytest.mark.parametrize("changes", [{"model__dropout": 0.2}, DIT], ids=["unet", "dit"])
@@ -101,9 +89,8 @@ def test_bf16_is_near_float32_and_unbiased(changes):
     """Over 64 batches: how far off it is, and that being off has no direction."""
     away, loss_off, along = [], [], []
     for k in range(64):
-        config, network, batch = case(changes, seed=k, train__precision="bf16")
-        exact = loss_and_gradient(network, make_loss(network, tiny_like(config, "fp32"), CPU), batch)
-        rough = loss_and_gradient(network, make_loss(network, config, CPU), batch)
+        config, network, b = case(changes, seed=k)
+        exact, rough = (ours(network, config, b, precision=precision) for precision in ("fp32", "bf16"))
         away.append([((a - b).norm() / b.norm()).item() for a, b in zip(rough, exact, strict=True)])
         loss_off.append((rough[0].mean() / exact[0].mean() - 1).item())
         along.append(((rough[1] @ exact[1]) / (exact[1] @ exact[1]) - 1).item())
@@ -112,26 +99,31 @@ def test_bf16_is_near_float32_and_unbiased(changes):
         assert off.mean().abs() <= 3 * off.std() / 64**0.5 + 1e-3
 
 
-@pytest.mark.parametrize("changes", [UNET, DIT], ids=["unet", "dit"])
-@pytest.mark.parametrize("still", [False, True])
-def test_bf16_rounds_neither_the_conditioning_nor_what_the_network_returns(changes, still):
-    config, network, batch = case(changes, train__precision="bf16")
+@pytest.mark.parametrize("flow_matching", [False, True])
+@backbones
+def test_bf16_rounds_neither_the_conditioning_nor_what_the_network_returns(changes, flow_matching):
+    config, network, b = case(changes)
     embedded, returned, embed = [], [], network.embed
-
-    def watched(*args):
-        embedded.append(embed(*args))
-        return embedded[-1]
-
-    network.embed = watched
+    network.embed = lambda *args: embedded.append(embed(*args)) or embedded[-1]
     network.register_forward_hook(lambda module, args, out: returned.append(out))
     for precision in ("fp32", "bf16"):
-        r = batch.t if still else batch.r
-        make_loss(network, tiny_like(config, precision), CPU)(replace(batch, r=r))
+        ours(network, config, replace(b, r=b.t) if flow_matching else b, precision=precision)
     assert torch.equal(*map(value_of, embedded))
     for out in returned:
-        assert all(part.dtype == torch.float32 for part in ([out.value, out.tangent] if not still else [out]))
+        assert all(part.dtype == torch.float32 for part in ([out] if flow_matching else [out.value, out.tangent]))
     assert not torch.equal(*map(value_of, returned))  # but bf16 it was
 
 
-def tiny_like(config, precision):
-    return replace(config, train=replace(config.train, precision=precision))
+def test_dropout_masks_belong_to_a_step_a_process_and_a_micro_batch():
+    """No two of these share a mask, and a step that is computed again has the same."""
+    config = tiny_config(model__dropout=0.5, train__microbatch=2, objective__times__ratio=0.0)
+    network, images = build_network(config, CPU).train(), torch.zeros(16, 1, 8, 8, dtype=torch.uint8)
+    loss, masks = make_loss(network, config, CPU), []
+    network.dec["8x8_block0"].conv1.register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
+    for step, rank in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0), (1, 1)]:
+        stream = BatchStream(Dataset(images, None, ()), config, DistributedContext(rank, 2, CPU))
+        for b in stream.micro_batches(step):
+            loss(b)
+    assert len(masks) == 12 and all(0.3 < mask.float().mean() < 0.7 for mask in masks)
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks[:8]) for b in masks[:i])
+    assert all(map(torch.equal, masks[8:], masks[:2] + masks[6:8]))

@@ -1,101 +1,65 @@
-"""The objective against closed forms and against Algorithm 1 written down plainly."""
+"""The MeanFlow objective against closed forms and against its specification, Algorithm 1 as printed."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from gaussian import example
+from method_helpers import UNET, assert_close, backbones, batch, loss_of, precisions, selected, small, with_gradient
 
-from meanflow.jvp import JVPS
-from meanflow.objectives.meanflow import TANGENTS, LossConfig, interval_first, meanflow_loss
-from unet import UNet, UNetConfig
+from meanflow import meanflow_loss
+from meanflow.jvp import METHODS, rows_first, take_jvp
+from meanflow.objectives.base import interpolate
+from meanflow.objectives.meanflow import TANGENTS, MeanFlow
 
-SQUARED_L2 = LossConfig(p=0.0, c=1e-3, tangent="(v, 0, 1)", jvp="func")
-
-
-def small_unet(dtype, dropout=0.0) -> UNet:
-    """A real U-net with attention and resampling whose output layers are far from zero."""
-    torch.manual_seed(0)
-    net = UNet(UNetConfig("unet", 8, 3, 8, (1, 2), 1, (4,), dropout, "t,t-r", 6, 0)).to(dtype)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return net
+SQUARED_L2 = MeanFlow(p=0.0, c=1e-3)
+methods = pytest.mark.parametrize("method", METHODS)
 
 
-def batch(dtype, n=8, still=3):
-    g = torch.Generator().manual_seed(1)
-    x, eps = (torch.randn(n, 3, 8, 8, generator=g, dtype=dtype) for _ in range(2))
-    pair = torch.rand(n, 2, generator=g, dtype=dtype).sort(1).values
-    r, t = pair[:, 0].clone(), pair[:, 1].clone()
-    r[torch.randperm(n, generator=g)[:still]] = float("nan")
-    r = torch.where(r.isnan(), t, r)
-    return x, eps, t, r, torch.randn(n, 6, generator=g, dtype=dtype)
+@methods
+@precisions
+@backbones
+def test_equals_plain_algorithm_1(config, dtype, tolerance, method):
+    net, b = small(config, dtype), batch(config, dtype)
+    expected = with_gradient(net, loss_of(net, b, plain=True))
+    assert_close(with_gradient(net, loss_of(net, b, jvp=take_jvp(method))), expected, tolerance)
 
 
-def algorithm_1(net, x, eps, t, r, labels, p, c, tangent=(0.0, 1.0)):
-    """Algorithm 1 with Eq. (22), no shortcuts: one full-batch torch.func.jvp in the paper's order (z, r, t)."""
-    b = (-1, 1, 1, 1)
-    z = (1 - t.view(b)) * x + t.view(b) * eps
-    v = eps - x
-    tangents = (v, torch.full_like(r, tangent[0]), torch.full_like(t, tangent[1]))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        u, dudt = torch.func.jvp(lambda z, r, t: net(z, t, r, augment_labels=labels), (z, r, t), tangents)
-    u_tgt = v - (t - r).view(b) * dudt
-    delta = ((u - u_tgt.detach()) ** 2).sum(dim=(1, 2, 3))
-    return (delta / ((delta + c) ** p).detach()).mean()
-
-
-def loss_and_gradient(net, loss):
-    net.zero_grad()
-    loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])
-
-
-@pytest.mark.parametrize("jvp", JVPS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_equals_plain_algorithm_1(jvp, dtype, tolerance):
-    net, (x, eps, t, r, labels) = small_unet(dtype), batch(dtype)
-    plain = loss_and_gradient(net, algorithm_1(net, x, eps, t, r, labels, p=0.75, c=1e-3))
-    config = LossConfig(0.75, 1e-3, "(v, 0, 1)", jvp)
-    ours = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels).mean)
-    for a, b in zip(ours, plain, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
-
-
-@pytest.mark.parametrize("tangent", TANGENTS)
-def test_each_tangent_of_table_1b(tangent):
-    net, (x, eps, t, r, labels) = small_unet(torch.float64), batch(torch.float64)
-    written = {"v": None, "0": 0.0, "1": 1.0}
-    dr, dt = (written[part.strip()] for part in tangent.strip("()").split(",")[1:])
-    expected = algorithm_1(net, x, eps, t, r, labels, 0.5, 1e-3, tangent=(dr, dt))
-    losses = [
-        meanflow_loss(net, x, eps, t, r, LossConfig(0.5, 1e-3, tangent, jvp), augment_labels=labels).mean
-        for jvp in JVPS
-    ]
-    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-10)
-    assert losses[1].item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-def test_tangents_differ():
-    net, (x, eps, t, r, labels) = small_unet(torch.float64), batch(torch.float64)
-    values = {
-        meanflow_loss(net, x, eps, t, r, LossConfig(0.5, 1e-3, name, "dual"), augment_labels=labels).mean.item()
-        for name in TANGENTS
-    }
+def test_each_tangent_of_table_1b():
+    """Both, and the specification itself, against central differences along the tangent as its name spells it."""
+    net, b, h = small(), batch(), 1e-5
+    z, v, values = interpolate(b.x, b.eps, b.t), b.eps - b.x, set()
+    for tangent in TANGENTS:
+        dr, dt = (float(part) for part in tangent.strip("()").split(",")[1:])
+        with torch.no_grad():
+            ahead, behind = (net(z + s * v, b.r + s * dr, b.t + s * dt, **b.cond) for s in (h, -h))
+            target = v - (b.t - b.r)[:, None, None, None] * (ahead - behind) / (2 * h)
+            error = (net(z, b.r, b.t, **b.cond) - target).square().sum((1, 2, 3))
+        expected = error / (error + 1e-3) ** 0.5
+        objective = MeanFlow(p=0.5, c=1e-3, tangent=tangent)
+        for how in ({"plain": True}, *({"jvp": take_jvp(method)} for method in METHODS)):
+            assert torch.allclose(loss_of(net, b, objective, **how), expected, rtol=1e-6)
+        values.add(expected.mean().item())
     assert len(values) == 4
 
 
-def test_target_of_gaussian_data_is_the_true_average_velocity():
-    """With the marginal velocity in place of the conditional one, u is a fixed point: the error vanishes."""
+def gaussian_points():
+    """Data, x, ε, r and t (every fourth r = t), and the marginal velocity at z_t."""
     data, g = example(), torch.Generator().manual_seed(0)
     x, eps = (torch.randn(64, 3, generator=g, dtype=torch.float64) for _ in range(2))
     t = torch.rand(64, generator=g, dtype=torch.float64) * 0.98 + 0.02
     r = t * torch.rand(64, generator=g, dtype=torch.float64)
     r[::4] = t[::4]
-    v = data.velocity((1 - t)[:, None] * x + t[:, None] * eps, t)
-    right = meanflow_loss(data.average_velocity, x, eps, t, r, SQUARED_L2, v=v)
-    assert right.squared_error.max() < 1e-18
-    wrong_tangent = LossConfig(0.0, 1e-3, "(v, 0, 0)", "func")
-    wrong = meanflow_loss(data.average_velocity, x, eps, t, r, wrong_tangent, v=v).squared_error
+    return data, x, eps, r, t, data.velocity(interpolate(x, eps, t), t)
+
+
+def test_target_of_gaussian_data_is_the_true_average_velocity():
+    """With the marginal velocity in place of the conditional one, u is a fixed point: the error vanishes."""
+    data, x, eps, r, t, v = gaussian_points()
+    u, func = data.average_velocity, take_jvp("func")
+    assert SQUARED_L2.loss(u, x, eps, r, t, v=v, jvp=func).per_sample.max() < 1e-18
+    assert SQUARED_L2.plain(u, x, eps, r, t, v=v).max() < 1e-18
+    wrong = MeanFlow(p=0.0, tangent="(v, 0, 0)").loss(u, x, eps, r, t, v=v, jvp=func).per_sample
     assert (wrong[t == r] < 1e-18).all()
     assert wrong[t != r].median() > 1e-3
 
@@ -109,136 +73,139 @@ def test_gradient_vanishes_on_average_at_the_true_field():
     x = data.mean + data.std * torch.randn(n, 3, generator=g, dtype=torch.float64)
     t = torch.full((n,), 0.6, dtype=torch.float64)
     shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    def u(z, r, t):
+        return data.average_velocity(z, r, t) + shift
+
     for r in (t, t * 0.3):
-        loss = meanflow_loss(lambda z, t, r: data.average_velocity(z, t, r) + shift, x, eps, t, r, SQUARED_L2).mean
+        loss = SQUARED_L2.loss(u, x, eps, r, t, jvp=take_jvp("func")).mean
         (gradient,) = torch.autograd.grad(loss, shift)
         assert gradient.abs().max() < 0.03  # ±3 standard errors of the mean are about 0.02
 
 
-@pytest.mark.parametrize("jvp", JVPS)
-def test_r_equal_t_is_flow_matching_to_the_last_bit(jvp):
-    net, (x, eps, t, _, labels) = small_unet(torch.float32), batch(torch.float32)
-    z = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * eps
-    flow_matching = (net(z, t, t, augment_labels=labels) - (eps - x)).square().flatten(1).sum(1)
-    a = loss_and_gradient(net, flow_matching.mean())
-    config = LossConfig(0.0, 1e-3, "(v, 0, 1)", jvp)
-    b = loss_and_gradient(net, meanflow_loss(net, x, eps, t, t.clone(), config, augment_labels=labels).mean)
-    assert torch.equal(a[0], b[0])
-    assert torch.equal(a[1], b[1])
+@methods
+@backbones
+def test_r_equal_t_is_flow_matching_to_the_last_bit(config, method):
+    net, b = small(config, torch.float32), batch(config, torch.float32, r_eq_t=8)
+    v = net(interpolate(b.x, b.eps, b.t), b.t, b.t, **b.cond)
+    expected = with_gradient(net, (v - (b.eps - b.x)).square().flatten(1).sum(1))
+    found = with_gradient(net, loss_of(net, b, SQUARED_L2, jvp=take_jvp(method)))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_flow_matching_takes_no_derivative():
-    calls = []
-
-    def u(z, t, r):
-        calls.append(type(z))
-        return 0 * z
-
-    x, eps, t, _, _ = batch(torch.float32)
-    meanflow_loss(u, x, eps, t, t.clone(), LossConfig(1.0, 1e-3, "(v, 0, 1)", "dual"))
+    calls, b = [], batch(r_eq_t=8)
+    MeanFlow().loss(lambda z, r, t: calls.append(type(z)) or 0 * z, b.x, b.eps, b.r, b.t)
     assert calls == [torch.Tensor]
-
-
-@pytest.mark.parametrize("jvp", JVPS)
-def test_order_of_samples_does_not_matter(jvp):
-    net, (x, eps, t, r, labels) = small_unet(torch.float64), batch(torch.float64)
-    config = LossConfig(1.0, 1e-3, "(v, 0, 1)", jvp)
-    loss = meanflow_loss(net, x, eps, t, r, config, augment_labels=labels)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    mixed = meanflow_loss(net, x[order], eps[order], t[order], r[order], config, augment_labels=labels[order])
-    assert torch.allclose(mixed.squared_error, loss.squared_error[order], rtol=1e-12)
-    assert torch.allclose(mixed.weighted, loss.weighted[order], rtol=1e-12)
-
-
-def test_interval_first():
-    t = torch.tensor([0.5, 0.6, 0.7, 0.8])
-    r = torch.tensor([0.5, 0.1, 0.7, 0.2])
-    order, n = interval_first(t, r)
-    assert (order.tolist(), n) == ([1, 3, 0, 2], 2)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.75, 1.0, 2.0])
 def test_adaptive_weight_is_a_constant_factor(p):
     """Eq. (22): value w·‖Δ‖², gradient w·∇‖Δ‖², with ‖Δ‖² summed over C, H, W."""
-    x, eps, t, _, _ = batch(torch.float64)
+    b = batch(r_eq_t=8)
     scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    loss = meanflow_loss(lambda z, t, r: scale * z, x, eps, t, t.clone(), LossConfig(p, 1e-2, "(v, 0, 1)", "func"))
-    z = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * eps
-    delta = scale.detach() * z - (eps - x)
+    loss = MeanFlow(p=p).loss(lambda z, r, t: scale * z, b.x, b.eps, b.r, b.t)
+    z = interpolate(b.x, b.eps, b.t)
+    delta = scale.detach() * z - (b.eps - b.x)
     error = torch.tensor([(d**2).sum().item() for d in delta], dtype=torch.float64)
     weight = 1 / (error + 1e-2) ** p
-    assert torch.allclose(loss.squared_error, error)
-    assert torch.allclose(loss.weighted, weight * error)
+    assert torch.allclose(loss.logged["error"], error)
+    assert torch.allclose(loss.per_sample, weight * error)
     (gradient,) = torch.autograd.grad(loss.mean, scale)
-    expected = (weight * (2 * delta * z).flatten(1).sum(1)).mean()
-    assert gradient.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert gradient.item() == pytest.approx((weight * (2 * delta * z).flatten(1).sum(1)).mean().item(), rel=1e-12)
 
 
 def test_the_target_has_no_gradient_and_the_tangent_no_graph():
     """The dual pass saves for backward what a Flow Matching pass saves: nothing of the tangent."""
-    net, (x, eps, t, r, labels) = small_unet(torch.float32), batch(torch.float32)
 
-    def saved(r, jvp):
-        count = 0
+    def saved(r_eq_t, method="dual"):
+        net, b, sizes = small(), batch(r_eq_t=r_eq_t), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            out = MeanFlow().loss(net, b.x, b.eps, b.r, b.t, jvp=take_jvp(method), **b.cond)
+        assert out.per_sample.requires_grad and not out.logged["error"].requires_grad
+        return sum(sizes)
 
-        def pack(tensor):
-            nonlocal count
-            count += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = meanflow_loss(net, x, eps, t, r, LossConfig(1.0, 1e-3, "(v, 0, 1)", jvp), augment_labels=labels)
-        assert out.weighted.requires_grad
-        assert not out.squared_error.requires_grad
-        return count
-
-    flow_matching, dual, func = saved(t.clone(), "dual"), saved(r, "dual"), saved(r, "func")
-    assert dual <= 1.25 * flow_matching
-    assert func > 1.5 * flow_matching
-
-
-def test_bf16_autocast_is_near_float32_and_the_target_stays_float32():
-    net, (x, eps, t, r, labels) = small_unet(torch.float32), batch(torch.float32, n=64, still=16)
-    config = LossConfig(0.75, 1e-3, "(v, 0, 1)", "dual")
-
-    def autocast(*args, **kwargs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return net(*args, **kwargs)
-
-    exact = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels).mean)
-    out = meanflow_loss(autocast, x, eps, t, r, config, augment_labels=labels)
-    assert out.squared_error.dtype == torch.float32
-    rough = loss_and_gradient(net, out.mean)
-    for a, b in zip(rough, exact, strict=True):
-        assert 0 < (a - b).norm() <= 3e-2 * b.norm()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("jvp", JVPS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_on_a_gpu_it_is_what_it_is_on_the_cpu(jvp, memory_format):
-    """The CUDA kernels take other memory layouts than the CPU's; t and r stay on the CPU, as in training."""
-    net, (x, eps, t, r, labels) = small_unet(torch.float64), batch(torch.float64)
-    config = LossConfig(0.75, 1e-3, "(v, 0, 1)", jvp)
-    here = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels).mean)
-    net = net.to(device="cuda", memory_format=memory_format)
-    x, eps = (y.cuda().contiguous(memory_format=memory_format) for y in (x, eps))
-    there = loss_and_gradient(net, meanflow_loss(net, x, eps, t, r, config, augment_labels=labels.cuda()).mean)
-    for a, b in zip(there, here, strict=True):
-        assert (a.cpu() - b).norm() <= 1e-9 * b.norm()
+    assert saved(3) <= 1.25 * saved(8)
+    assert saved(3, "func") > 1.5 * saved(8)
 
 
 def test_works_in_any_shape():
     x, eps = torch.randn(5, 2), torch.randn(5, 2)
     t, r = torch.full((5,), 0.5), torch.zeros(5)
-    loss = meanflow_loss(lambda z, t, r: z * t[:, None], x, eps, t, r, LossConfig(0.0, 1e-3, "(v, 0, 1)", "func"))
+    loss = SQUARED_L2.loss(lambda z, r, t: z * t[:, None], x, eps, r, t, jvp=take_jvp("func"))
     z, v = 0.5 * (x + eps), eps - x
     target = v - 0.5 * (0.5 * v + z)  # d/dt (z t) = v t + z
-    assert torch.allclose(loss.squared_error, (0.5 * z - target).square().sum(1))
+    assert torch.allclose(loss.per_sample, (0.5 * z - target).square().sum(1))
 
 
-@pytest.mark.parametrize(("field", "value"), [("p", -0.1), ("c", 0.0), ("tangent", "(v, 0, 2)"), ("jvp", "forward")])
-def test_bad_settings_name_themselves(field, value):
-    settings = {"p": 1.0, "c": 1e-3, "tangent": "(v, 0, 1)", "jvp": "dual"}
-    with pytest.raises(ValueError, match=field):
-        LossConfig(**{**settings, field: value})
+@methods
+def test_the_loss_for_any_network(method):
+    """`meanflow_loss` draws times and noise from the generator, and takes the mean."""
+    net, b = small(), batch()
+    found = meanflow_loss(net, b.x, generator=torch.Generator().manual_seed(3), method=method, **b.cond)
+    g = torch.Generator().manual_seed(3)
+    r, t = MeanFlow().sample_times(8, g)
+    eps = torch.randn(b.x.shape, generator=g, dtype=torch.float64)
+    expected = MeanFlow().plain(net, b.x, eps, r, t, **b.cond).mean()
+    assert (r != t).sum() == 2 and found.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+# --- value_and_jvp, which the objective leaves the cost of the derivative to ------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("r_eq_t", [0, 3, 8])
+@pytest.mark.parametrize("arrangement", ["as it comes", "r ≠ t first", "r = t first"])
+def test_order_of_samples_does_not_matter(r_eq_t, arrangement, method):
+    net, b = small(), batch(r_eq_t=r_eq_t)
+    order = torch.arange(8)
+    if arrangement != "as it comes":
+        order = torch.argsort((b.r == b.t).int(), descending=arrangement.startswith("r = t"))
+    assert torch.allclose(
+        loss_of(net, selected(b, order), jvp=take_jvp(method)), loss_of(net, b, plain=True)[order], rtol=1e-12
+    )
+
+
+def test_labels_that_are_none_reach_the_network_as_none():
+    net, b = small(), batch()
+    tangents, rows = (b.eps, 0.0, 1.0), b.r != b.t
+    for method in METHODS:
+        jvp = take_jvp(method)
+        given = jvp(net, (b.x, b.r, b.t), tangents, rows=rows, class_labels=None, augment_labels=None)
+        assert all(map(torch.equal, given, jvp(net, (b.x, b.r, b.t), tangents, rows=rows)))
+
+
+def test_rows_first():
+    order, n = rows_first(torch.tensor([False, True, False, True]))
+    assert (order.tolist(), n) == ([1, 3, 0, 2], 2)
+    assert rows_first(torch.tensor([True, True, False])) == (None, 2)
+    assert rows_first(torch.zeros(3, dtype=torch.bool)) == (None, 0)
+
+
+def test_bf16_autocast_is_near_float32_and_the_target_stays_float32():
+    net, b = small(UNET, torch.float32), batch(UNET, torch.float32, n=64, r_eq_t=16)
+
+    def autocast(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(*args, **kwargs)
+
+    exact, rough = (with_gradient(net, loss_of(u, b)) for u in (net, autocast))
+    assert rough[0].dtype == torch.float32
+    assert_close(rough, exact, 3e-2)
+    assert not torch.equal(rough[0], exact[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("times_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@methods
+def test_on_a_gpu_it_is_what_it_is_on_the_cpu(method, memory_format, times_on):
+    """The CUDA kernels take other memory layouts than the CPU's; r and t stay on the CPU in training."""
+    net, b = small(), batch()
+    here = with_gradient(net, loss_of(net, b))
+    net = net.to(device="cuda", memory_format=memory_format)
+    x, eps = (y.cuda().contiguous(memory_format=memory_format) for y in (b.x, b.eps))
+    cond = {key: y.cuda() for key, y in b.cond.items()}
+    b = replace(b, x=x, eps=eps, r=b.r.to(times_on), t=b.t.to(times_on), cond=cond)
+    there = with_gradient(net, loss_of(net, b, jvp=take_jvp(method)))
+    assert_close([y.cpu() for y in there], here, 1e-9)

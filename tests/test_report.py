@@ -1,4 +1,4 @@
-"""`python -m eval.report`: one whole page of runs and tables, which shows what there is and says what is missing."""
+"""`run.sh report`: one whole page of runs and tables, which shows what there is and says what is missing."""
 
 import base64
 import io
@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from report_helpers import refused, write_score
 from running import ROOT, one_line
 
-from eval import report as module
 from eval.report import main
+from eval.reports import page as page_module
 from eval.reports.html import Html, join, table, tag
-from eval.reports.read import differences, one_seed_each, read_runs
-from eval.reports.sections import duration, number
+from eval.reports.read import RunRecord, differences, one_seed_each, read_runs
+from eval.reports.sections import number
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
+from meanflow.logs import duration
 from meanflow.training.run_folder import RunFolder
 
 VOID = {"meta", "img", "br"}
@@ -38,6 +40,8 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert not self.open, self.open
+        self.lead = " ".join(self.lead.split())
+        self.sections = {title: " ".join(text.split()) for title, text in self.sections.items()}
 
     def handle_starttag(self, name, attributes):
         self.tags.append((name, dict(attributes)))
@@ -72,28 +76,16 @@ class Page(HTMLParser):
         return found
 
 
-def report(*arguments) -> Page:
-    """The page that the command writes with these arguments, with --out given."""
-    words = [str(argument) for argument in arguments]
-    assert main(words) == 0
-    return Page(Path(words[words.index("--out") + 1]).read_text(encoding="utf-8"))
+@pytest.fixture
+def report(tmp_path) -> Callable[..., Page]:
+    """`report(…)`: the page that the command writes with these arguments, outside the folders."""
 
+    def report(*arguments) -> Page:
+        out = tmp_path / "page.html"
+        assert main([*map(str, arguments), "--out", str(out), "--overwrite"]) == 0
+        return Page(out.read_text(encoding="utf-8"))
 
-def write_score(run: Path, nfe: int, value: float, n: int = 1000, metric: str = "fd-pixels", **changes) -> None:
-    """A result of eval.fid, as far as the report reads it."""
-    (run / "eval").mkdir(exist_ok=True)
-    extractor = "inception-v3-compat" if metric == "fid" else metric.removeprefix("fd-")
-    result = {
-        "status": "complete",
-        "metrics": {metric: value},
-        "comparable": False,
-        "subject": {"step": 6},
-        "protocol": {"n": n, "nfe": nfe, "ema": "0.9", "metrics": ["fid"], "extractor": extractor},
-        "circumstances": {"command": "fid.py RUN --steps 1"},
-        "warnings": [],
-    } | changes
-    result["protocol"]["reference"] = {"spec": "digits-train"}
-    (run / "eval" / f"nfe{nfe}-n{n}-{metric}.json").write_text(json.dumps(result))
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +93,12 @@ def drawn(request, monkeypatch) -> list[list[str]]:
     """The names of the runs in each figure of curves; the figure is blank unless a test wants it real (slow)."""
     figures: list[list[str]] = []
 
-    def blank(runs: list[RunFolder]) -> bytes:
-        figures.append([run.path.name for run in runs])
-        out = io.BytesIO()
-        Image.new("L", (4, 3)).save(out, format="PNG")
-        return out.getvalue()
+    def blank(runs: tuple[RunRecord, ...], out: Path) -> None:
+        figures.append([run.name for run in runs])
+        Image.new("L", (4, 3)).save(out)
 
     if "real_curves" not in request.fixturenames:
-        monkeypatch.setattr(module, "curves", blank)
+        monkeypatch.setattr(page_module, "draw", blank)
     return figures
 
 
@@ -119,7 +109,7 @@ def real_curves() -> None:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Callable[..., Path]:
-    """`run(name, key="old → new")` copies the finished tiny run, with texts of its config.yaml replaced."""
+    """`run(name, ("old", "new"), …)` copies the finished tiny run, with texts of its config.yaml replaced."""
 
     def copy(name: str, *replaced: tuple[str, str]) -> Path:
         folder = Path(shutil.copytree(trained.path, tmp_path / name))
@@ -135,7 +125,7 @@ def run(trained, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def table_folder(run, tmp_path) -> Callable[..., Path]:
-    """`table_folder(**changes)`: what `eval.table` leaves, of two rows, the first with two seeds."""
+    """`table_folder(**changes)`: what `run.sh table` leaves, of two rows, the first with two seeds."""
 
     def write(**changes) -> Path:
         folder = tmp_path / "table1x"
@@ -160,38 +150,39 @@ def table_folder(run, tmp_path) -> Callable[..., Path]:
     return write
 
 
-# --- one run -----------------------------------------------------------------------------------------------------
+# --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_judged_from_one_file(run, tmp_path, capsys, real_curves):
+def test_a_run_is_judged_from_one_file(run, capsys, real_curves):
     folder = run("mine")
-    write_score(folder, 1, 3.25)
-    write_score(folder, 2, 2.125)
-    (folder / "starts.jsonl").write_text(
-        '{"time": "2026-01-02T03:04:05+0000", "python": "3.11", "torch": "2.9", "torchvision": "0.2", '
-        '"device": "Chip", "cores": 2, "processes": 1, "changed": {"train.steps": [4, 6]}}\n{"torn'
-    )
-    assert main([str(folder), *map(str, QUICK)]) == 0
+    write_score(folder, 3.25)
+    write_score(folder, 2.125, nfe=2)
+    versions = {"python": "3.11", "torch": "2.9", "torchvision": "0.2", "commit": "abc+"}
+    start = {"time": "2026-01-02T03:04:05+0000", "device": "Chip", "cores": 2, "processes": 1, **versions}
+    start |= {"step": 4, "changed": {"train.steps": [4, 6]}}
+    (folder / "starts.jsonl").write_text(json.dumps(start) + '\n{"torn')
+    assert main([str(folder), *map(str, QUICK)]) == main([str(folder), *map(str, QUICK)]) == 0
     assert str(folder / "report.html") in capsys.readouterr().out
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert "mine" in page.lead and "Finished at step 6 of 6" in " ".join(page.lead.split())
-    assert "Chip, 1 process" in page.lead and "fd-pixels, 1-NFE" in page.lead and "N 1,000" in page.lead
-    assert "3.250" in page.lead and "2.125" in page.lead
-    assert "train.steps: 4 → 6" in page.sections["Starts and environment"]
+    for text in ("mine", "Finished at step 6 of 6", "Chip, 1 process", "fd-pixels, 1-NFE", "N 1,000", "3.250", "2.125"):
+        assert text in page.lead
+    assert "after 6 steps 53% of EMA 0.9 is still the weights that the run began with" in page.lead
+    assert "2026-01-02 03:04 4 Chip 2 1 2.9 0.2 3.11 abc+ train.steps: 4 → 6" in page.sections["Starts and environment"]
     assert "fewer than 50,000 samples" in page.sections["Scores"] and "not Inception's" in page.sections["Scores"]
-    assert "multipliers:" in page.sections["Configuration"] and "details" in page.open + [n for n, _ in page.tags]
-    assert f"run {folder / 'config.yaml'}" in page.sections["Make it again"]
+    assert "multipliers:" in page.sections["Configuration"] and ("details", {}) in page.tags
+    assert f"bash run.sh {folder / 'config.yaml'}" in page.sections["Make it again"]
     assert "fid.py RUN --steps 1" in page.sections["Make it again"]
+    assert "gradient norm" in page.sections["Curves"] and "Dashed lines" in page.sections["Curves"]
     assert "Failures" not in page.sections
     *grids, drawn = page.pictures()
     assert len(grids) == 2 * 3, "NFE 1 and 2 of two EMAs and the weights"
     assert drawn.width >= 1200
 
 
-def test_the_page_needs_nothing_from_outside(run, tmp_path):
+def test_the_page_needs_nothing_from_outside(run, report, tmp_path):
     folder = run("mine")
-    write_score(folder, 1, 3.0)
-    page = report(folder, *QUICK, "--out", tmp_path / "page.html")
+    write_score(folder, 3.0)
+    page = report(folder, *QUICK)
     assert not page.attributes("link") and not page.attributes("script") and not page.attributes("base")
     for name, attributes in page.tags:
         assert attributes.get("src", "data:").startswith("data:"), name
@@ -199,174 +190,144 @@ def test_the_page_needs_nothing_from_outside(run, tmp_path):
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "@import" not in text and not re.search(r"url\(|https?://", text)
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+    assert (ROOT / "eval" / "reports" / "report.css").stat().st_size < 10_000
 
 
-def test_every_link_has_its_target(run, table_folder, tmp_path):
-    page = report(run("mine"), table_folder(), *QUICK, "--out", tmp_path / "page.html")
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(set(ids)) == len(ids)
-    links = {attributes["href"][1:] for attributes in page.attributes("a")}
-    assert links and links <= set(ids)
-
-
-def test_grids_are_the_samples_of_eval_sample_and_share_their_noise(run, tmp_path):
+def test_grids_are_those_of_the_sample_command(run, report, tmp_path):
+    """Of the same noise, as uint8 by the recipe's rule."""
     from eval.sample import main as sample
 
-    page = report(run("mine"), "--samples", 4, "--steps", 1, "--out", tmp_path / "page.html")
+    page = report(run("mine"), "--samples", 4, "--steps", 1)
     sample([str(tmp_path / "mine"), "--n", "4", "--steps", "1", "--out", str(tmp_path / "grid.png")])
     assert page.pictures()[0].tobytes() == Image.open(tmp_path / "grid.png").tobytes()
     alts = [attributes["alt"] for attributes in page.attributes("img")]
     assert [alt.split(", ")[1] for alt in alts[:3]] == ["EMA 0.9", "EMA 0.5", "raw weights"]
-    assert "python -m eval.sample" in page.sections["Samples"] and "--n 4" in page.sections["Samples"]
+    assert "bash run.sh sample" in page.sections["Samples"] and "--n 4" in page.sections["Samples"]
+    assert "53% of EMA 0.9 is" in page.sections["Samples"] and "of EMA 0.5 is" not in page.sections["Samples"]
 
 
-def test_classes_of_the_rows_are_named(trained_with_classes, tmp_path):
-    page = report(trained_with_classes.path, "--samples", 4, "--steps", 1, "--out", tmp_path / "page.html")
+def test_classes_of_the_rows_are_named(trained_with_classes, report):
+    page = report(trained_with_classes.path, "--samples", 4, "--steps", 1)
     assert "class0, class1" in page.sections["Samples"]
 
 
-def test_only_a_metric_of_that_name_is_called_fid(run, tmp_path):
+def test_only_a_metric_of_that_name_is_called_fid(run, report):
+    def text(page: Page) -> str:
+        return re.sub(r"run\.sh fid|eval\.fid|fid\.py", "", " ".join([page.lead, *page.sections.values()]))
+
     folder = run("mine")
-    write_score(folder, 1, 3.0)
-    assert not re.search(
-        r"(?i)\bfid\b(?!\.py)", page_text(report(folder, "--no-samples", "--out", tmp_path / "a.html"))
-    )
-    write_score(folder, 1, 2.92, n=50_000, metric="fid", comparable=True)
-    page = report(folder, "--no-samples", "--out", tmp_path / "b.html")
-    assert "fid, 1-NFE" in page.lead and "N 50,000" in page.lead
-    assert " yes " in page.sections["Scores"]
-
-
-def page_text(page: Page) -> str:
-    """All that is to be read, but for commands that name a module."""
-    return re.sub(r"eval\.fid", "", " ".join([page.lead, *page.sections.values()]))
+    write_score(folder, 3.0)
+    assert not re.search(r"(?i)\bfid\b", text(report(folder, "--no-samples")))
+    write_score(folder, 2.92, n=50_000, metric="fid", comparable=True)
+    page = report(folder, "--no-samples")
+    assert "fid, 1-NFE" in page.lead and "N 50,000" in page.lead and " yes" in page.sections["Scores"]
 
 
 def test_the_best_is_chosen_among_scores_of_the_most_samples(run):
     folder = run("mine")
-    write_score(folder, 1, 1.0, n=64)
-    write_score(folder, 1, 5.0, n=1000)
-    write_score(folder, 1, 0.5, metric="precision-pixels")
+    write_score(folder, 1.0, n=64)
+    write_score(folder, 5.0)
+    write_score(folder, 0.5, metric="precision-pixels")
+    write_score(folder, 0.0, status="incomplete", metrics={})
     (mine,) = read_runs([RunFolder(folder)])
-    assert [(score.value, score.n) for score in mine.best()] == [(5.0, 1000)]
-    assert len(mine.scores) == 3
+    assert [(score.value, score.n) for score in mine.best()] == [(5.0, 1000)] and len(mine.scores) == 4
 
 
-def test_runs_are_compared_at_the_same_number_of_samples(run, tmp_path):
-    one, two = run("one"), run("two")
-    write_score(one, 1, 7.5, n=64)
-    write_score(one, 1, 5.5, n=1000)
-    write_score(two, 1, 6.5, n=64)
-    lead = " ".join(report(one, two, "--no-samples", "--out", tmp_path / "page.html").lead.split())
-    assert "N 64" in lead and "N 1,000" in lead and "one 6 of 6 7.500 5.500" in lead and "two 6 of 6 6.500 –" in lead
-
-
-def test_what_a_run_says_is_escaped(run, tmp_path):
+def test_what_a_run_says_is_escaped(run, report):
     folder = run(f"<b>{'x' * 3}&", ("description: tiny", f"description: {json.dumps(HOSTILE)}"))
-    write_score(folder, 1, 3.0, circumstances={"command": HOSTILE}, warnings=[HOSTILE])
+    write_score(folder, 3.0, circumstances={"command": HOSTILE}, warnings=[HOSTILE])
     (folder / "starts.jsonl").write_text(json.dumps({"device": HOSTILE, "changed": {HOSTILE: [HOSTILE, "x"]}}))
-    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
+    page = report(folder, "--no-samples")
     assert not page.attributes("script") and not page.attributes("b")
     assert page.lead.count(HOSTILE) == 2 and "<b>xxx&" in page.lead
     for name in ("Scores", "Starts and environment", "Make it again"):
         assert HOSTILE in page.sections[name]
 
 
-def test_failures_are_shown_with_their_replay(run, tmp_path):
+def test_failures_are_shown_with_their_replay(run, report):
     folder = run("mine")
     (folder / "failures").mkdir()
     file = folder / "failures" / "00000005.json"
     file.write_text('{"failure": {"step": 5, "what": "loss nan"}}')
-    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
-    assert "step 5: loss nan" in page.sections["Failures"]
-    assert f"python -m eval.replay {file}" in page.sections["Failures"]
+    found = report(folder, "--no-samples").sections["Failures"]
+    assert "step 5: loss nan" in found and f"bash run.sh replay {file}" in found
 
 
-# --- several runs ------------------------------------------------------------------------------------------------
+def test_an_unfinished_run_says_what_is_missing(run, report):
+    folder = run("mine", ("steps: 6", "steps: 60"))
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "starts.jsonl").unlink(missing_ok=True)
+    write_score(folder, 0.0, status="incomplete", metrics={})
+    page = report(folder)
+    assert "Unfinished at step 6 of 60" in page.lead and "No scores yet" in page.lead
+    assert "No checkpoint yet" in page.sections["Samples"] and "unfinished" in page.sections["Scores"]
+    assert "No starts are recorded" in page.sections["Starts and environment"]
+    assert len(page.pictures()) == 1
 
 
-def test_runs_are_compared_by_what_differs_alone(run, tmp_path, drawn):
+def test_without_samples_the_picture_that_the_run_left_is_shown(run, report):
+    folder = run("mine")
+    Image.new("L", (9, 9)).save(folder / "samples.png")
+    page = report(folder, "--no-samples")
+    assert "9 samples, 1-NFE, EMA 0.9:" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_by_what_differs_alone(run, report, drawn):
     one, two = run("one"), run("two", ("lr: 0.001", "lr: 0.5"), ("seed: 3", "seed: 4"))
-    write_score(one, 1, 3.0)
-    write_score(two, 1, 2.0)
-    page = report(one, two, *QUICK, "--out", tmp_path / "page.html")
+    write_score(one, 7.5, n=64)
+    write_score(one, 5.5)
+    write_score(two, 6.5, n=64)
+    page = report(one, two, *QUICK)
     differ = page.sections["Settings that differ"].split()
     assert {"optim.lr", "0.001", "0.5", "one", "two", "seed", "3", "4"} == set(differ) - {"run", "setting"}
-    assert next(iter(page.sections)) == "Settings that differ"
-    assert drawn == [["one", "two"]]
-    assert "3.000" in page.lead and "2.000" in page.lead and "2 runs compared" in page.lead
+    assert next(iter(page.sections)) == "Settings that differ" and drawn == [["one", "two"]]
+    assert (
+        "2 runs compared" in page.lead and "one 6 of 6 7.500 5.500" in page.lead and "two 6 of 6 6.500 –" in page.lead
+    )
     assert ("strong", {}) in page.tags, "the best of a column is marked"
     assert len(page.pictures()) == 1 + 2 * 2, "curves overlaid, and a row for each run with the recipe's EMA"
     assert page.sections["Configuration"].count("multipliers:") == 2
 
 
 def test_settings_are_compared_key_by_key(run):
-    runs = read_runs([RunFolder(run("one")), RunFolder(run("two", ("dropout: 0.0", "dropout: 0.1")))])
-    assert differences(runs) == ["model.dropout"]
-    assert differences(runs[:1]) == []
-
-
-def test_seeds_of_one_row_are_known_by_their_settings(run):
     folders = [run("a"), run("b", ("seed: 3", "seed: 9")), run("c", ("ratio: 0.75", "ratio: 0.5"))]
-    assert [one.name for one in one_seed_each(read_runs([RunFolder(folder) for folder in folders]))] == ["a", "c"]
+    runs = read_runs([RunFolder(folder) for folder in folders])
+    assert set(differences(runs)) == {"seed", "objective.times.ratio"} and differences(runs[:1]) == []
+    assert [one.name for one in one_seed_each(runs)] == ["a", "c"]
 
 
-# --- unfinished --------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_unfinished_run_says_what_is_missing(run, tmp_path):
-    folder = run("mine", ("steps: 6", "steps: 60"))
-    shutil.rmtree(folder / "checkpoints")
-    (folder / "starts.jsonl").unlink(missing_ok=True)
-    page = report(folder, "--out", tmp_path / "page.html")
-    assert "Unfinished at step 6 of 60" in " ".join(page.lead.split()) and "No scores yet" in page.lead
-    assert "No checkpoint yet" in page.sections["Samples"]
-    assert "No starts are recorded" in page.sections["Starts and environment"]
-    assert len(page.pictures()) == 1
-
-
-def test_without_samples_the_picture_that_the_run_left_is_shown(run, tmp_path):
-    folder = run("mine")
-    Image.new("L", (9, 9)).save(folder / "samples.png")
-    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
-    assert "9 samples, 1-NFE, EMA 0.9:" in page.sections["Samples"] and page.pictures()[0].size == (9, 9)
-
-
-def test_an_unfinished_score_is_listed_and_never_the_best(run, tmp_path):
-    folder = run("mine")
-    write_score(folder, 1, 0.0, status="incomplete", metrics={})
-    page = report(folder, "--no-samples", "--out", tmp_path / "page.html")
-    assert "unfinished" in page.sections["Scores"] and "No scores yet" in page.lead
-
-
-# --- tables ------------------------------------------------------------------------------------------------------
-
-
-def test_a_table_is_shown_with_its_pictures_and_runs(table_folder, tmp_path, drawn):
-    folder = table_folder()
-    page = report(folder, "--out", tmp_path / "page.html")
+def test_a_table_is_shown_with_its_pictures_and_runs(table_folder, report):
+    page = report(table_folder())
     assert "Which share is best?" in page.lead and "Scale: cpu" in page.lead and "table1x" in page.lead
     for text in ("61.06", "1.25 ± 0.10", "128 samples a figure."):
         assert text in page.sections["Table"]
     assert [picture.size for picture in page.pictures()[:2]] == [(30, 20), (20, 10)] and len(page.pictures()) == 3
     assert "later-seed0" in page.sections["Runs"] and "low-seed1" in page.sections["Runs"]
-    assert (
-        "times.ratio" in page.sections["Settings that differ"] and "seed1" not in page.sections["Settings that differ"]
-    )
+    differ = page.sections["Settings that differ"]
+    assert "times.ratio" in differ and "seed1" not in differ
     assert "low-seed0" in page.sections["Curves"] and "low-seed1" not in page.sections["Curves"]
 
 
-def test_tables_and_runs_on_one_page_have_contents(run, table_folder, tmp_path):
-    page = report(run("mine"), table_folder(), "--no-samples", "--out", tmp_path / "page.html")
+def test_tables_and_runs_on_one_page_have_contents_and_every_link_its_target(run, table_folder, report):
+    page = report(run("mine"), table_folder(), "--no-samples")
     assert len(page.attributes("article")) == 2
     assert [a["href"] for a in page.attributes("a") if a.get("class") == "part"] == ["#part1", "#part2"]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    links = {attributes["href"][1:] for attributes in page.attributes("a")}
+    assert len(set(ids)) == len(ids) and links and links <= set(ids)
 
 
-def test_a_table_without_pictures_or_runs_is_shown_all_the_same(table_folder, tmp_path):
+def test_a_table_without_pictures_or_runs_is_shown_all_the_same(table_folder, report):
     folder = table_folder(runs=["later"], rows=[], notes=[])
     (folder / "figure.png").unlink()
     (folder / "samples.png").unlink()
-    page = report(folder, "--out", tmp_path / "page.html")
+    page = report(folder)
     assert "There is no figure.png yet" in page.sections["Figure"] and "later" in page.sections["Runs"]
     assert not page.pictures()
 
@@ -384,23 +345,11 @@ def test_a_table_without_pictures_or_runs_is_shown_all_the_same(table_folder, tm
         ({"runs": ["/etc"]}, "which is not the name"),
     ],
 )
-def test_damaged_tables(table_folder, tmp_path, changes, said):
-    assert said in refused(AssetError, table_folder(**changes), "--out", tmp_path / "page.html")
+def test_damaged_tables(table_folder, changes, said):
+    assert said in refused(AssetError, main, table_folder(**changes))
 
 
-# --- what cannot be reported -------------------------------------------------------------------------------------
-
-
-def refused(kind: type[UserError], *arguments) -> str:
-    with pytest.raises(kind) as caught:
-        main([str(argument) for argument in arguments])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_folders_that_are_none_of_ours(tmp_path):
-    assert "no such folder" in refused(AssetError, tmp_path / "gone")
-    assert "is neither a run's folder" in refused(AssetError, tmp_path)
+# --- what cannot be reported -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -419,36 +368,36 @@ def test_folders_that_are_none_of_ours(tmp_path):
         ("samples.png", "no picture", AssetError),
     ],
 )
-def test_damaged_files_are_named(run, tmp_path, file, text, kind):
+def test_damaged_files_are_named(run, file, text, kind):
     folder = run("mine")
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(text)
-    error = refused(kind, folder, "--no-samples", "--out", tmp_path / "page.html")
-    assert str(folder if file == "metrics.jsonl" else folder / file) in error
-    assert not (tmp_path / "page.html").exists()
+    assert str(folder if file == "metrics.jsonl" else folder / file) in refused(kind, main, folder, "--no-samples")
+    assert not (folder / "report.html").exists()
 
 
-def test_a_damaged_checkpoint_is_one_line_and_the_rest_can_be_had(run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_one_line_and_the_rest_can_be_had(run, capsys):
     folder = run("mine")
     for file in (folder / "checkpoints").glob("*.pt"):
         file.write_bytes(file.read_bytes()[:100])
-    arguments = [str(folder), *map(str, QUICK), "--out", str(tmp_path / "page.html")]
-    assert run_main(main, arguments) == AssetError.exit_code
+    assert run_main(main, [str(folder), *map(str, QUICK)]) == AssetError.exit_code
     assert "--no-samples" in one_line(capsys.readouterr().err)
-    assert main([*arguments, "--no-samples"]) == 0
+    assert main([str(folder), "--no-samples"]) == 0
 
 
-def test_options_out_of_range(run, tmp_path):
-    folder = run("mine")
-    assert "--samples must be ≥ 1" in refused(UserError, folder, "--samples", 0)
-    for steps in ("0", "1,x", "", "1,,2"):
-        assert "--steps" in refused(UserError, folder, "--steps", steps)
-    assert "is a folder" in refused(UserError, folder, "--out", tmp_path)
-    (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(AssetError, folder, "--no-samples", "--out", tmp_path / "file" / "page.html")
+def test_what_cannot_be_asked_for(run, tmp_path):
+    folder, file = run("mine"), tmp_path / "file"
+    for option, value in (("--samples", 0), ("--steps", "0"), ("--steps", "1,x"), ("--steps", "")):
+        assert option in refused(UserError, main, folder, option, value)
+    file.write_text("mine")
+    for out in (tmp_path, file, file / "page.html", "/proc/x"):
+        assert str(out) in refused(AssetError, main, folder, "--no-samples", "--out", out)
+    assert file.read_text() == "mine"
+    assert "no such folder" in refused(AssetError, main, tmp_path / "gone")
+    assert "is neither a run's folder" in refused(AssetError, main, tmp_path)
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------
+# --- pieces ----------------------------------------------------------------------------------------------------------
 
 
 def test_all_but_markup_is_escaped():
@@ -460,29 +409,20 @@ def test_all_but_markup_is_escaped():
 
 def test_columns_of_numbers_are_aligned():
     rows = [["1.5 %", "text", "1.25 ± 0.1", "–"], ["−3", "4", Html("<b>2</b>"), "7"]]
-    text = table(["a", "b", "c", "d"], rows)
-    classes = re.findall(r'<th scope="col"( class="n")?>', text)
+    classes = re.findall(r'<th scope="col"( class="n")?>', table(["a", "b", "c", "d"], rows))
     assert [bool(found) for found in classes] == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(47.4, "47 seconds"), (130, "2.2 minutes"), (9000, "2.5 hours"), (400_000, "4.6 days"), (None, "an unknown time")],
+    ("seconds", "text"), [(47.4, "47 seconds"), (130, "2.2 minutes"), (9000, "2.5 hours"), (400_000, "4.6 days")]
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_numbers_keep_what_tells():
-    assert [number(x) for x in (42.10532, 0.5164, 0.0123456, 1234.5, 0, None)] == [
-        "42.105",
-        "0.516",
-        "0.0123",
-        "1,234.500",
-        "0.000",
-        "–",
-    ]
-
-
-def test_the_style_sheet_is_small():
-    assert (ROOT / "eval" / "reports" / "report.css").stat().st_size < 10_000
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(42.10532, "42.105"), (0.5164, "0.516"), (0.0123456, "0.0123"), (1234.5, "1,234.500"), (0, "0.000"), (None, "–")],
+)
+def test_numbers_keep_what_tells(value, text):
+    assert number(value) == text

@@ -1,7 +1,7 @@
 """The promises of docs/reliability.md, with little to do each; `bash run.sh stress` does much."""
 
 import pytest
-from stress import haul, kills, nodes, ranks, storage
+from stress import kills, nodes, ranks, soak, storage
 
 SHORT = {
     "kills": lambda folder: kills.anywhere(folder, kills=4, steps_each=8),
@@ -13,8 +13,8 @@ SHORT = {
     "nodes": lambda folder: nodes.agents(folder, nodes=2, each=1, steps=4, kills=0, kind=nodes.Forked),
     "failure": nodes.one_fails,
     "repeat": lambda folder: ranks.repeat(folder, steps=3),
-    "haul": lambda folder: haul.steps(folder, steps=120),
-    "scores": lambda folder: haul.evaluations(folder, count=6),
+    "soak": lambda folder: soak.steps(folder, steps=120),
+    "scores": lambda folder: soak.evaluations(folder, count=6),
 }
 
 

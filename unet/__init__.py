@@ -1,4 +1,4 @@
-"""The pixel backbone: an NCSN++-style U-net u(z, t, r). Knows tensors only: no loss, no files, no noise."""
+"""The pixel backbone: an NCSN++-style U-net u(z, r, t)."""
 
 from unet.model import UNet, UNetConfig
 

@@ -1,4 +1,4 @@
-"""How the network is told about time (MeanFlow, Section 4.3 "Conditioning on (r, t)" and Table 1c)."""
+"""Embedding of the times (MeanFlow, Section 4.3 "Conditioning on (r, t)" and Table 1c)."""
 
 import math
 

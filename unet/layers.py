@@ -5,11 +5,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
-SKIP_SCALE = math.sqrt(0.5)  # a sum of two branches keeps its variance
+SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 RESAMPLE_TAPS = (1.0, 3.0, 3.0, 1.0)
 ZERO_INIT = 1e-5  # the last convolution of a branch starts near zero: the block starts as its skip
 QKV_INIT = math.sqrt(0.2)
+JVP_NEEDS_CONTIGUOUS = torch.__version__ < (2, 14)  # of group norm: fails on channels_last with 2.8 and 2.11
 
 
 def xavier_(layer: nn.Module, scale: float = 1.0) -> None:
@@ -36,6 +38,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            if JVP_NEEDS_CONTIGUOUS and isinstance(x, Tensor) and unpack_dual(x).tangent is not None:
+                x = x.contiguous()
             return super().forward(x)
         # torch.compile cannot trace F.group_norm under torch.func.jvp (PyTorch issue 152185), but fuses this.
         grouped = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.num_groups, -1))
@@ -71,7 +75,7 @@ class Conv(nn.Conv2d):
 class Block(nn.Module):
     """A residual block, shifted by the time embedding, with self-attention if asked for.
 
-    x (B, C_in, H, W), emb (B, E) → (B, C_out, H', W'). Parameters bear the official release's names.
+    x (B, C_in, H, W), emb (B, E) → (B, C_out, H', W'). Parameter names are the official release's.
     """
 
     def __init__(

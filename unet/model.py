@@ -1,7 +1,7 @@
-"""The NCSN++-style U-net of the CIFAR-10 recipe: 55.9 M parameters at its default.
+"""The NCSN++-style U-net of the CIFAR-10 recipe, 55.9 M parameters.
 
-Constants are those of the official release where the paper is silent. Module names follow that release's
-parameter names, so its checkpoints load strictly as they are.
+Where the paper is silent, constants are those of the official release. So are parameter names: its checkpoints load
+as they are.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from unet.layers import ZERO_INIT, Block, Conv, GroupNorm, linear
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the network. The paper's CIFAR-10 values stand in brackets.
+    """Shape of the network, with the paper's CIFAR-10 values in brackets.
 
     Raises ValueError, naming the field, for a shape that cannot be built.
     """
@@ -30,7 +30,7 @@ class UNetConfig:
     multipliers: tuple[int, ...]  # width multiplier at each resolution, largest first (2, 2, 2)
     blocks: int  # residual blocks a level on the way down, one more on the way up (4)
     attention: tuple[int, ...]  # resolutions with self-attention (16,)
-    dropout: float = 0.0  # (0.2)
+    dropout: float = 0.0  # in the residual blocks (0.2)
     conditioning: str = "t,t-r"  # what is embedded, Table 1c
     augment_labels: int = 0  # width of the augmentation-label input, 0 for none (6)
     classes: int = 0  # number of classes, 0 for unconditional
@@ -68,8 +68,8 @@ class UNet(nn.Module):
 
     `forward(z, r, t, augment_labels=None, class_labels=None)` with z (B, C, H, W), r and t (B,) in [0, 1],
     augment_labels (B, A) (None: zeros, as at sampling) and class_labels (B,) int64 (None or the value `classes`:
-    unconditional) gives (B, C, H, W). `run_block(block, x, emb)`, if given, is how a block is called: whoever trains
-    may save memory there, or compute in another precision. All else, the output too, keeps z's.
+    unconditional) gives (B, C, H, W). `run_block(block, x, emb)`, if given, calls a block: training saves memory there,
+    or computes in another precision. All other layers, and the output, keep the precision of z.
     """
 
     def __init__(self, config: UNetConfig):

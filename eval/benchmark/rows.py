@@ -1,4 +1,4 @@
-"""What `eval.bench` reports of one recipe: the steps, and the figures that this project set out to reach."""
+"""What the benchmark reports of one recipe: the steps, and the figures that this project set out to reach."""
 
 import itertools
 import tempfile
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from eval.benchmark import FLOW_MATCHING, PLAIN
 from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
-from eval.benchmark.steps import FLOW_MATCHING, PLAIN, Setting, Step, peak_memory
-from eval.latents_throughput import write_random_latents
+from eval.benchmark.latents import write_random_latents
+from eval.benchmark.steps import Setting, Step, peak_memory
 from meanflow.data import Dataset, Latents, LatentsConfig
 from meanflow.data.latents import verify
 from meanflow.logs import log
-from meanflow.objectives import Loss
+from meanflow.objectives import Loss, Objective
 from meanflow.objectives.base import by_rows
 from meanflow.training.batches import BatchStream
 from meanflow.training.config import RunConfig, load_config
@@ -22,7 +23,6 @@ from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
 from meanflow.training.processes import DistributedContext
 from meanflow.training.state import TrainState, count_parameters
 
-ROWS = ("step", "memory", "plain", "outside", "sampling")
 MET, NOT_MET, NO_FIGURE = "met", "not met", "no figure was set"
 PAPER_PARAMETERS = 50e6  # networks from this size on are the paper's
 # device, precision, images/s over the plain step's
@@ -76,12 +76,13 @@ class StepResult:
     flops: int
     tflops_per_s: float
     of_matrix_rate: float
-    memory_mb: float | None  # peak, of a process of its own; None if not asked for
+    memory_mb: float | None  # peak, of a separate process; None if not asked for
 
 
 @dataclass(frozen=True)
 class Report:
     recipe: str
+    objective: str
     parameters: int
     batch: int
     share: float  # of r ≠ t
@@ -114,8 +115,12 @@ class Plan:
         return self.setting(PLAIN, "tf32" if cuda else "fp32", self.modes[0] if cuda and self.modes else None)
 
     @property
+    def objective(self) -> Objective:
+        return load_config(self.recipe, self.overrides).objective
+
+    @property
     def compares_plain(self) -> bool:
-        return "plain" in self.rows and load_config(self.recipe, self.overrides).objective.plain is not None
+        return "plain" in self.rows and self.objective.plain is not None
 
     def settings(self) -> list[Setting]:
         chosen = []
@@ -129,6 +134,8 @@ class Plan:
 def measure(plan: Plan) -> Report:
     """Run everything that `plan` names. Raises ConfigError."""
     settings, device = plan.settings(), plan.device
+    if "plain" in plan.rows and not plan.compares_plain:
+        log.info(f"{plan.recipe.stem}: objective {plan.objective.kind} has no plain form to compare with")
     memory: dict[str, float] = {}
     if "memory" in plan.rows:  # first, while this process is small
         for setting in settings:
@@ -158,7 +165,11 @@ def measure(plan: Plan) -> Report:
         rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, reach, device))
     if "sampling" in plan.rows:
         rows.append(_sampling(config, ours.state, plan))
-    return Report(plan.recipe.stem, parameters, plan.batch, share, rates, results, rows)
+    return Report(plan.recipe.stem, _name(plan), parameters, plan.batch, share, rates, results, rows)
+
+
+def _name(plan: Plan) -> str:
+    return type(plan.objective).__name__
 
 
 def _step_result(step: Step, seconds: list[float], rate: float, memory: float | None) -> StepResult:
@@ -171,16 +182,16 @@ def _rows(
     plan: Plan, reach: Reach, share: float, seconds: dict[str, list[float]], memory: dict[str, float]
 ) -> list[Row]:
     """The ratios of steps. The first of `plan.precisions` counts where a row names none."""
-    flow_matching, meanflow = (plan.setting(way, plan.precisions[0]).name for way in (FLOW_MATCHING, plan.jvps[0]))
+    flow_matching, ours = (plan.setting(way, plan.precisions[0]).name for way in (FLOW_MATCHING, plan.jvps[0]))
     rows = []
     if "step" in plan.rows:
-        name = f"MeanFlow / Flow Matching step, r≠t {share:.0%}"
-        rows.append(Row(name, ratio(seconds[meanflow], seconds[flow_matching]), reach.step, True))
+        name = f"{_name(plan)} / Flow Matching step, r≠t {share:.0%}"
+        rows.append(Row(name, ratio(seconds[ours], seconds[flow_matching]), reach.step, True))
     if "memory" in plan.rows:
-        figure = Spread.of([memory[meanflow] / memory[flow_matching]])
-        rows.append(Row("peak memory, MeanFlow / Flow Matching step", figure, reach.memory, True))
+        figure = Spread.of([memory[ours] / memory[flow_matching]])
+        rows.append(Row(f"peak memory, {_name(plan)} / Flow Matching step", figure, reach.memory, True))
     if plan.compares_plain:
-        rows += [_against_plain(plan, seconds, *wanted, reach.plain) for wanted in PLAIN_REACH]
+        rows += [_against_plain(plan, seconds, *reached, reach.plain) for reached in PLAIN_REACH]
     return rows
 
 

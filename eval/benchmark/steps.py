@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.benchmark import FLOW_MATCHING, PLAIN, SEPARATE
 from meanflow.jvp import func_jvp, value_and_jvp
 from meanflow.objectives import Loss
 from meanflow.training.batches import MicroBatch
@@ -30,7 +31,6 @@ from meanflow.training.step import (
     update,
 )
 
-FLOW_MATCHING, PLAIN, SEPARATE = "flow matching", "plain", "separate"
 WAYS = (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)
 
 
@@ -38,8 +38,8 @@ WAYS = (FLOW_MATCHING, "dual", "func", SEPARATE, PLAIN)
 class Setting:
     """What is measured: a recipe with overrides, a batch size, and one way of making its step.
 
-    way: "flow matching" (no sample at r ≠ t), "dual" or "func" (`train.jvp`), "separate" (u by a plain pass, du/dt
-    by a `torch.func.jvp` without graph before it: the same as recomputing the forward pass) or "plain".
+    way: "flow matching" (r := t in every sample), "dual" or "func" (`train.jvp`), "separate" (u by a plain pass, du/dt
+    by a `torch.func.jvp` without graph before it) or "plain".
     """
 
     recipe: Path
@@ -66,7 +66,7 @@ class Step:
     """One optimiser step on a fixed random batch, as the training loop makes it; call it to run it."""
 
     def __init__(self, setting: Setting, device: torch.device, state: TrainState | None = None):
-        """`state` may be shared by all steps of one network but the plain one, which keeps its own in NCHW."""
+        """`state` may be shared by all steps of one network but the plain one, which needs another in NCHW."""
         self.setting, self.config, self.device = setting, setting.config(), device
         self.batch = random_batch(self.config, setting.batch, device)
         if setting.way == FLOW_MATCHING:
@@ -114,7 +114,7 @@ def in_default_format(batch: MicroBatch) -> MicroBatch:
 
 
 def separate_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
-    """du/dt of the first rows by a pass of its own that keeps no graph, then u."""
+    """du/dt of the first rows by a separate pass that keeps no graph, then u."""
     n = len(tangents[0])
     with torch.no_grad():
         first = {key: y[:n] if isinstance(y, Tensor) else y for key, y in cond.items()}
@@ -123,7 +123,7 @@ def separate_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
 
 
 def peak_memory(setting: Setting, device: torch.device, steps: int = 2) -> float:
-    """Peak memory in MB (10^6 bytes) of a process of its own that makes `steps` steps and nothing else.
+    """Peak memory in MB (10^6 bytes) of a separate process that makes `steps` steps and nothing else.
 
     Allocated on the device on CUDA; resident on a CPU, the interpreter and PyTorch included.
     """

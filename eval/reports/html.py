@@ -2,8 +2,13 @@
 
 import base64
 import html
+import io
 import re
 from pathlib import Path
+
+from PIL import Image
+
+from meanflow.errors import AssetError
 
 STYLE = Path(__file__).with_name("report.css")
 NUMBER = re.compile(r"[−+-]?[\d,.]*\d *%?( *(±|\().*)?")
@@ -41,12 +46,29 @@ def image(png: bytes, alt: str, class_: str = "") -> Html:
     return Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{chosen}>')
 
 
+def png_of(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format="PNG", optimize=True)
+    return out.getvalue()
+
+
+def read_picture(path: Path) -> bytes | None:
+    """A picture file as a PNG; None if there is none. Raises AssetError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as picture:
+            return png_of(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise AssetError(f"{path}: cannot be read as a picture ({error})") from error
+
+
 def figure(content: Html, caption: object, class_: str = "") -> Html:
     return tag("figure", tag("div", content, class_="scroll"), tag("figcaption", caption), class_=class_)
 
 
 def table(header: list[object], rows: list[list[object]], class_: str = "") -> Html:
-    """Columns of numbers stand right-aligned; the first cell of a row is its heading."""
+    """Columns of numbers are right-aligned; the first cell of a row is its heading."""
     columns = list(zip(*rows, strict=True))
     kinds = [_kind(column) for column in columns] or [""] * len(header)
     head = tag("tr", *(tag("th", cell, scope="col", class_=kind) for cell, kind in zip(header, kinds, strict=True)))

@@ -1,21 +1,22 @@
-"""What folders say of themselves, read for the report: a run's (see RunFolder) and a table's (see eval/table.py)."""
+"""What folders say of themselves, read without PyTorch: a run's (see RunFolder) and a table's (see eval/table.py)."""
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.plot import run_names
-from eval.scoring.extractors import INCEPTION
-from eval.scoring.files import read_json
-from eval.scoring.protocol import FULL_N
-from eval.tables.config import SCALES
+import numpy as np
+
+from eval.scoring.options import FULL_N, INCEPTION
+from eval.tables import SCALES
 from meanflow.errors import AssetError
 from meanflow.training import settings
-from meanflow.training.metrics import read_metrics
+from meanflow.training.records import read_columns
 from meanflow.training.run_folder import RunFolder, starts
 
 TABLE = "table.json"
+MOSTLY_START = 0.1  # weight of the initial weights in an average, from which on it is worth a word
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Score:
 
     metric: str
     value: float | None  # None: its evaluation is unfinished
+    deviation: float | None  # standard deviation over subsets, of metrics that have one
     nfe: int
     ema: str
     n: int
@@ -38,6 +40,10 @@ class Score:
         """A Fréchet distance, of which less is better."""
         return self.metric == "fid" or self.metric.startswith("fd-")
 
+    @property
+    def how(self) -> str:
+        return f"{self.nfe}-NFE, EMA {self.ema}, N {self.n:,}"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -50,17 +56,20 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)  # each is itself, and can be a key
 class RunRecord:
-    """A run folder as it stands. `settings` are those of `yaml`, config.yaml's text, as {dotted key: value}."""
+    """What a run has left. `name` tells it from the others shown; `columns` are those of metrics.jsonl, (N,) each."""
 
     folder: RunFolder
     name: str
-    yaml: str
-    settings: dict[str, Any]
-    last: dict[str, Any]  # line of metrics.jsonl
+    columns: dict[str, np.ndarray]
     scores: tuple[Score, ...]
     starts: tuple[dict[str, Any], ...]
-    failures: tuple[Failure, ...]
-    command: str  # that its scores were made by; "" if there are none
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.yaml as {dotted key: value}. Raises AssetError where there is none, ConfigError if it is damaged."""
+        if not self.folder.config_file.exists():
+            raise AssetError(f"{self.folder.path}: is no run folder, it has no config.yaml")
+        return settings.flatten(settings.read_yaml(self.folder.config_file))
 
     @property
     def steps(self) -> int | None:
@@ -69,8 +78,31 @@ class RunRecord:
         return steps if isinstance(steps, int) else None
 
     @property
-    def finished(self) -> bool:
-        return self.steps is not None and self.last["step"] >= self.steps
+    def last(self) -> dict[str, float]:
+        """The last line of metrics.jsonl."""
+        return {name: float(column[-1]) for name, column in self.columns.items()}
+
+    @property
+    def step(self) -> int:
+        return int(self.columns["step"][-1])
+
+    @property
+    def every(self) -> int:
+        """`columns` hold every so many steps: 1, or more of a long run."""
+        last = self.columns["step"][-2:]
+        return int(last[-1] - last[0]) if len(last) > 1 else 1
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """{logged value: its explanation}, as the objective gave it when the run was started."""
+        noted = [start["titles"] for start in self.starts if isinstance(start.get("titles"), dict)]
+        return {name: str(title) for titles in noted for name, title in titles.items()}
+
+    @property
+    def changes(self) -> list[tuple[int, dict[str, list[Any]]]]:
+        """(step, {dotted key: [old, new]}) of each start that went on under other settings."""
+        noted = [(start.get("step"), start.get("changed")) for start in self.starts]
+        return [(step, changed) for step, changed in noted if changed and isinstance(step, int) and step > 0]
 
     def least(self, metric: str, nfe: int, n: int) -> Score | None:
         """The best score of one distance, at whatever step and EMA."""
@@ -84,6 +116,11 @@ class RunRecord:
         for score in found:
             most[score.metric, score.nfe] = max(score.n, most.get((score.metric, score.nfe), 0))
         return [self.least(*key, n) for key, n in sorted(most.items())]
+
+    def ema_notes(self) -> list[str]:
+        """`ema_note` of each average that was scored."""
+        scored = sorted({(score.step, score.ema) for score in self.scores if score.value is not None})
+        return [note for step, ema in scored if (note := ema_note(ema, step))]
 
 
 @dataclass(frozen=True)
@@ -101,38 +138,53 @@ class TableRecord:
     absent: tuple[str, ...]  # runs that are named but not there
 
 
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
 def read_runs(folders: list[RunFolder]) -> tuple[RunRecord, ...]:
-    """Raises AssetError or ConfigError, naming the file, for what is no run folder, has no steps yet or is damaged."""
-    return tuple(_read_run(folder, name) for folder, name in run_names(folders).items())
+    """Raises AssetError, naming the file, for what is no run folder, has no steps yet or is damaged."""
+    return tuple(read_run(folder, name) for folder, name in run_names(folders).items())
 
 
-def _read_run(folder: RunFolder, name: str) -> RunRecord:
-    if not folder.config_file.exists():
-        raise AssetError(f"{folder.path}: is no run folder, it has no config.yaml")
-    tree = settings.read_yaml(folder.config_file)
-    lines = read_metrics(folder.metrics_file)
-    if not lines:
-        raise AssetError(f"{folder.path}: has no steps in metrics.jsonl yet, so there is nothing to report")
-    results = [(path, read_json(path)) for path in sorted(folder.eval.glob("*.json"))]
-    scores = [score for path, result in results for score in _scores(path, result)]
-    return RunRecord(
-        folder,
-        name,
-        folder.config_file.read_text(encoding="utf-8"),
-        settings.flatten(tree),
-        lines[-1],
-        tuple(scores),
-        tuple(starts(folder)),
-        tuple(_read_failure(path) for path in sorted(folder.failures.glob("*.json"))),
-        next(
-            (str(result["circumstances"]["command"]) for _, result in reversed(results) if "step" in result["subject"]),
-            "",
-        ),
+def read_run(folder: RunFolder, name: str) -> RunRecord:
+    columns = read_columns(folder.metrics_file)
+    if not columns:
+        raise AssetError(f"{folder.path}: has no metrics.jsonl with steps in it; is it a run folder?")
+    scores = [score for path in sorted(folder.eval.glob("*.json")) for score in _scores(path)]
+    return RunRecord(folder, name, columns, tuple(scores), tuple(starts(folder)))
+
+
+def run_names(runs: list[RunFolder]) -> dict[RunFolder, str]:
+    """What each run is called beside the others: its folder, with as many parents as tell them all apart."""
+    parts = {run: run.path.resolve().parts for run in runs}
+    names: dict[RunFolder, str] = {}
+    for depth in range(1, 1 + max(map(len, parts.values()), default=0)):
+        names = {run: "/".join(parts[run][-depth:]) for run in runs}
+        if len(set(names.values())) == len(set(parts.values())):
+            break
+    return names
+
+
+def ema_note(decay: float | str, step: int) -> str | None:
+    """A line on an average that has not had the steps to forget where it began; None for one that has.
+
+    decay: of each step, or "weights" for the weights themselves.
+    """
+    try:
+        start = float(decay) ** step
+    except ValueError:  # no average
+        return None
+    if start <= MOSTLY_START:
+        return None
+    return (
+        f"after {step:,} steps {start:.0%} of EMA {decay} is still the weights that the run began with: "
+        "its samples and scores improve with more steps, or with a smaller ema.decays"
     )
 
 
-def _scores(path: Path, result: Any) -> list[Score]:
+def _scores(path: Path) -> list[Score]:
     """Scores of this run's networks; other evaluations that were put beside them have no step."""
+    result = read_json(path)
     try:
         if "step" not in result["subject"]:
             return []
@@ -147,10 +199,18 @@ def _scores(path: Path, result: Any) -> list[Score]:
             "why": _why_not(result),
             "command": str(result["circumstances"]["command"]),
         }
-        metrics = result["metrics"] or dict.fromkeys(protocol["metrics"])
-        return [Score(str(m), None if v is None else float(v), **shared) for m, v in metrics.items()]
+        complete = result["status"] == "complete"
+        metrics = {
+            str(metric): None if value is None or not complete else float(value)
+            for metric, value in (result["metrics"] or dict.fromkeys(protocol["metrics"])).items()
+        }
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise AssetError(f"{path}: is not a result of eval.fid ({error!r}); move it away") from error
+    return [
+        Score(metric, value, metrics.get(metric.replace("_mean", "_std")) if "_mean" in metric else None, **shared)
+        for metric, value in metrics.items()
+        if not ("_std" in metric and metric.replace("_std", "_mean") in metrics)
+    ]
 
 
 def _why_not(result: dict[str, Any]) -> str:
@@ -166,12 +226,43 @@ def _why_not(result: dict[str, Any]) -> str:
     return "; ".join([*reasons, *map(str, result["warnings"])])
 
 
-def _read_failure(path: Path) -> Failure:
+def read_failures(run: RunFolder) -> list[Failure]:
+    """Steps at which the run stopped for its numbers. Raises AssetError, naming the file, if one is damaged."""
+    return [_failure(path) for path in sorted(run.failures.glob("*.json"))]
+
+
+def _failure(path: Path) -> Failure:
     try:
         failure = read_json(path)["failure"]
         return Failure(int(failure["step"]), str(failure["what"]), path)
     except (LookupError, TypeError, ValueError) as error:
         raise AssetError(f"{path}: is not a failure that a run recorded ({error!r}); move it away") from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises AssetError for a file that is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AssetError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def one_seed_each(runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:
+    """The first of those runs that differ in nothing but the seed."""
+    first: dict[str, RunRecord] = {}
+    for run in runs:
+        alike = {key: value for key, value in run.settings.items() if key != "seed"}
+        first.setdefault(json.dumps(alike, sort_keys=True, default=str), run)
+    return tuple(first.values())
+
+
+def differences(runs: tuple[RunRecord, ...]) -> list[str]:
+    """The dotted keys of the settings that are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path) -> TableRecord:
@@ -193,21 +284,6 @@ def read_table(path: Path) -> TableRecord:
         raise AssetError(f"{file}: runs names {outside[0]}, which is not the name of a folder beside this one")
     beside = path.resolve().parent
     there = [name for name in names if (beside / name).is_dir()]
-    runs = tuple(_read_run(RunFolder(beside / name), name) for name in there)
+    runs = tuple(read_run(RunFolder(beside / name), name) for name in there)
     absent = tuple(name for name in names if name not in there)
     return TableRecord(path, **texts, header=header, rows=rows, notes=notes, runs=runs, absent=absent)
-
-
-def one_seed_each(runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:
-    """The first of those runs that differ in nothing but the seed."""
-    first: dict[str, RunRecord] = {}
-    for run in runs:
-        alike = {key: value for key, value in run.settings.items() if key != "seed"}
-        first.setdefault(json.dumps(alike, sort_keys=True, default=str), run)
-    return tuple(first.values())
-
-
-def differences(runs: tuple[RunRecord, ...]) -> list[str]:
-    """The dotted keys of the settings that are not the same in all runs."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]

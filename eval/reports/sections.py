@@ -1,37 +1,42 @@
-"""The sections of a report: each turns runs as they were read into a piece of the page."""
+"""The sections of a report: each turns runs as they were read into a piece of the page, and says what to look at."""
 
 import json
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from eval.reports.figures import Grids
 from eval.reports.html import NONE, Html, figure, folded, image, join, table, tag
-from eval.reports.read import RunRecord, Score, differences
+from eval.reports.read import RunRecord, Score, differences, ema_note, read_failures
+from meanflow.logs import duration
+
+if TYPE_CHECKING:  # imports PyTorch
+    from eval.reports.grids import Grids
 
 MANY = 30  # rows of a table that the page shows at once
 
 
 def verdict(run: RunRecord) -> Html:
     """The run in a sentence: how far it is, what it took, on what."""
-    state = "Finished" if run.finished else "Unfinished"
+    state = "Finished" if finished(run) else "Unfinished"
     return tag(
         "p",
-        tag("strong", state, class_="finished" if run.finished else "unfinished"),
-        f" at {progress(run)}, after {duration(run.last.get('seconds'))} of training on {hardware(run)}.",
+        tag("strong", state, class_="finished" if finished(run) else "unfinished"),
+        f" at {progress(run)}, after {trained(run)} of training on {hardware(run)}.",
         class_="verdict",
     )
 
 
+def finished(run: RunRecord) -> bool:
+    return run.steps is not None and run.step >= run.steps
+
+
 def progress(run: RunRecord) -> str:
-    return f"step {run.last['step']:,}" + (f" of {run.steps:,}" if run.steps is not None else "")
+    return f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps is not None else "")
 
 
-def duration(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
-        return "an unknown time"
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+def trained(run: RunRecord) -> str:
+    """How long."""
+    seconds = run.last.get("seconds")
+    return duration(seconds) if seconds is not None and seconds == seconds else "an unknown time"
 
 
 def hardware(run: RunRecord) -> str:
@@ -46,7 +51,7 @@ def cards(run: RunRecord) -> Html:
     """The best distance at each NFE, large."""
     best = run.best()
     if not best:
-        return missing(f"No scores yet. python -m eval.fid {run.folder.path} makes them.")
+        return missing(f"No scores yet: bash run.sh fid {run.folder.path} makes them.")
     shown = [
         tag(
             "div",
@@ -57,14 +62,18 @@ def cards(run: RunRecord) -> Html:
         )
         for score in best
     ]
-    return join(tag("div", *shown, class_="cards"), _advice(best))
+    return join(tag("div", *shown, class_="cards"), _advice(best), notes(run.ema_notes()))
 
 
 def _advice(scores: list[Score]) -> Html:
-    same = "Less is better. Distances compare where metric, N and reference are the same."
+    same = "Less is better. Compare distances of the same metric, N and reference only."
     if any(score.why for score in scores):
-        same += " Which may not stand beside published figures, and why, is in the table of scores."
+        same += " The table of scores says which may not be compared with published ones, and why."
     return tag("p", same, class_="note")
+
+
+def notes(texts: Iterable[str]) -> Html:
+    return join(*(tag("p", f"Note: {text}.", class_="note") for text in dict.fromkeys(texts)))
 
 
 def missing(text: str) -> Html:
@@ -78,13 +87,14 @@ def summary(runs: tuple[RunRecord, ...]) -> Html:
     rows = []
     for run in runs:
         values = [_marked(found[run].get(key), [all_[key] for all_ in found.values() if key in all_]) for key in keys]
-        state = progress(run).removeprefix("step ") + ("" if run.finished else ", unfinished")
-        rows.append([run.name, state, *values, duration(run.last.get("seconds")), hardware(run)])
+        state = progress(run).removeprefix("step ") + ("" if finished(run) else ", unfinished")
+        rows.append([run.name, state, *values, trained(run), hardware(run)])
     titles = [join(f"{metric}, {nfe}-NFE ", tag("small", f"N {n:,}")) for metric, nfe, n in keys]
     without = [run.name for run in runs if not found[run]]
     return join(
         table(["run", "step", *titles, "training", "hardware"], rows),
         _advice([score for run in runs for score in run.best()]) if keys else None,
+        notes(f"{run.name}: {note}" for run in runs for note in run.ema_notes()),
         missing(f"No scores yet: {', '.join(without)}.") if without else None,
     )
 
@@ -111,7 +121,7 @@ def scores(runs: tuple[RunRecord, ...]) -> Html:
     ]
     if not rows:
         return missing("No scores yet.")
-    header = ["metric", "value", "NFE", "EMA", "N", "step", "extractor", "reference", "beside published figures"]
+    header = ["metric", "value", "NFE", "EMA", "N", "step", "extractor", "reference", "comparable with published"]
     if len(runs) > 1:
         header.insert(0, "run")
     first, rest = table(header, rows[:MANY]), rows[MANY:]
@@ -120,6 +130,7 @@ def scores(runs: tuple[RunRecord, ...]) -> Html:
 
 def _score_cells(score: Score) -> list[object]:
     value = "unfinished" if score.value is None else number(score.value)
+    value += "" if score.deviation is None else f" ± {number(score.deviation)}"
     how = [score.nfe, score.ema, f"{score.n:,}", f"{score.step:,}", score.extractor, score.reference]
     return [score.metric, value, *how, f"no: {score.why}" if score.why else "yes"]
 
@@ -141,7 +152,7 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def samples(grids: dict[RunRecord, Grids], steps: list[int], count: int) -> Html:
+def samples(grids: dict[RunRecord, "Grids"], steps: Sequence[int], count: int) -> Html:
     """Grids in rows: of one run a row for each of its averages, of several a row for each run."""
     several = len(grids) > 1
     rows = []
@@ -155,43 +166,57 @@ def samples(grids: dict[RunRecord, Grids], steps: list[int], count: int) -> Html
             ]
             rows.append(tag("tr", tag("th", name, tag("small", note), scope="row"), *cells))
     head = tag("tr", tag("th"), *(tag("th", f"{nfe}-NFE", scope="col") for nfe in steps))
-    caption = _samples_caption(grids, count)
-    return figure(tag("table", tag("thead", head), tag("tbody", *rows), class_="grids"), caption)
+    averages = [(run, ema, found.step) for run, found in grids.items() for ema in found.rows]
+    young = [(run, note) for run, ema, step in averages if (note := ema_note(ema, step))]
+    return join(
+        figure(tag("table", tag("thead", head), tag("tbody", *rows), class_="grids"), _samples_caption(grids, count)),
+        notes(f"{run.name}: {note}" if several else note for run, note in young),
+    )
 
 
 def _cell(png: bytes | None, alt: str) -> Html:
     return tag("td", "not finite" if png is None else image(png, alt, "pixels"))
 
 
-def _samples_caption(grids: dict[RunRecord, Grids], count: int) -> Html:
+def _samples_caption(grids: dict[RunRecord, "Grids"], count: int) -> Html:
     (run, found), *others = grids.items()
     of_step = "" if others else f" of step {found.step:,}"
     classes = f" Each row shows a class: {', '.join(found.classes)}." if found.classes else ""
     target = run.folder.path if not others else "RUN"
+    down = "the run" if others else "the average of the weights"
     return join(
-        f"{count} samples a grid{of_step}, the same noise in every grid (seed 0).{classes} ",
-        tag("code", f"python -m eval.sample {target} --n {count} --steps NFE --ema EMA --seed 0"),
+        f"{count} samples a grid{of_step}, all from the same noise (seed 0). The number of network evaluations (NFE) "
+        f"changes to the right, {down} downwards.{classes} ",
+        tag("code", f"bash run.sh sample {target} --n {count} --steps NFE --ema EMA --seed 0"),
     )
 
 
 def curves(png: bytes, runs: tuple[RunRecord, ...]) -> Html:
     folders = " ".join(str(run.folder.path) for run in runs)
-    caption = join(
-        "Every step is in it (pale), with its running mean (dark). ", tag("code", f"python -m eval.plot {folders}")
+    look = (
+        "The first panels are what the objective logs: errors fall, then flatten out. A gradient norm that climbs or "
+        "jumps announces divergence; throughput and memory stay level."
     )
-    return figure(image(png, f"training curves of {', '.join(run.name for run in runs)}", "ink wide"), caption)
+    if any(run.changes for run in runs):
+        look += " Dashed lines mark where a run went on under other settings."
+    caption = join(
+        "Pale: the range of the steps; dark: their running mean. ", tag("code", f"bash run.sh plot {folders}")
+    )
+    picture = image(png, f"training curves of {', '.join(run.name for run in runs)}", "ink wide")
+    return join(tag("p", look, class_="note"), figure(picture, caption))
 
 
 def starts(runs: tuple[RunRecord, ...]) -> Html:
     """When, with what versions and on what the runs were started, and which settings changed on the way."""
     several = [run.name for run in runs if len(runs) > 1]
-    facts = ("device", "cores", "processes", "torch", "torchvision", "python")
-    header = [*(["run"] if several else []), "when", *facts, "settings changed"]
+    facts = ("device", "cores", "processes", "torch", "torchvision", "python", "commit")
+    header = [*(["run"] if several else []), "when", "from step", *facts, "settings changed"]
     rows = [
         [
             *([run.name] if several else []),
             str(start.get("time", NONE)).replace("T", " ")[:16],
-            *(start.get(fact, NONE) for fact in facts),
+            f"{start['step']:,}" if isinstance(start.get("step"), int) else NONE,
+            *(start.get(fact) or NONE for fact in facts),
             _changes(start.get("changed", {})),
         ]
         for run in runs
@@ -210,23 +235,25 @@ def failures(runs: tuple[RunRecord, ...]) -> Html | None:
         tag(
             "li",
             f"{run.name}, step {failure.step:,}: {failure.what}. ",
-            tag("code", f"python -m eval.replay {failure.file}"),
+            tag("code", f"bash run.sh replay {failure.file}"),
         )
         for run in runs
-        for failure in run.failures
+        for failure in read_failures(run.folder)
     ]
     return tag("ul", *lines) if lines else None
 
 
 def configs(runs: tuple[RunRecord, ...]) -> Html:
     """Every setting of every run, folded."""
-    return join(*(folded(f"config.yaml of {run.name}", tag("pre", run.yaml)) for run in runs))
+    texts = {run.name: run.folder.config_file.read_text(encoding="utf-8") for run in runs}
+    return join(*(folded(f"config.yaml of {name}", tag("pre", text)) for name, text in texts.items()))
 
 
 def commands(runs: tuple[RunRecord, ...], this_page: str) -> Html:
     """What makes the runs, and this page, again."""
-    again = [f"python -m run {run.folder.config_file} --out NEW_FOLDER" for run in runs]
-    recorded = [tag("li", f"{run.name}: ", tag("code", run.command)) for run in runs if run.command]
+    scored = {run: run.scores[-1].command for run in runs if run.scores}
+    again = [f"bash run.sh {run.folder.config_file} --out NEW_FOLDER" for run in runs]
+    recorded = [tag("li", f"{run.name}: ", tag("code", command)) for run, command in scored.items()]
     return join(
         tag("p", "A run’s config.yaml is complete, so it makes the same run again:"),
         tag("pre", "\n".join(again)),

@@ -12,9 +12,8 @@ from torch import Tensor
 from eval.scoring.files import NpzFile, sha256_images
 from eval.scoring.options import steps_name
 from meanflow.data import LatentsConfig
-from meanflow.data.images import MODES, load_images
-from meanflow.data.layout import arrange
-from meanflow.data.sources import open_source
+from meanflow.data.archives import open_source
+from meanflow.data.images import MODES, arrange, load_images
 from meanflow.errors import AssetError, UserError
 from meanflow.random import generator
 from meanflow.sampling import time_grid
@@ -117,7 +116,7 @@ def read_images(path: Path) -> ImagesSource:
 def _first_image(path: Path) -> tuple[int, int]:
     """(size, channels) of the first image, which all the others must have too."""
     with open_source(str(path)) as source:
-        parts, _ = arrange(source, "train")[0]
+        parts = arrange(source, "train").images[0]
         name = source.name(parts)
         try:
             with Image.open(source.read(parts)) as image:

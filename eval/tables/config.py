@@ -3,25 +3,25 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eval.tables import SCALES
 from meanflow.errors import ConfigError, UserError
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-SCALES = ("full", "gpu", "cpu")
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """One row: its name in the table, its run folder's name, `key.path=value` changes, and the paper's figures.
+    """One row: its name in the table, its run folder's name, the paper's figures, and `key.path=value` changes.
 
     Rows of several tables that name one folder are one run; `paper` has a value for each of the table's `paper.nfe`.
     """
 
     name: str
     folder: str
-    paper: tuple[float | None, ...]
-    set: tuple[str, ...]
+    paper: tuple[float | None, ...] = ()
+    set: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.folder or Path(self.folder).name != self.folder:
@@ -41,11 +41,11 @@ class ScaleConfig:
     """What a row trains at one scale: full (the paper's), gpu (one card, an hour a table), cpu (two cores, minutes)."""
 
     base: str  # a recipe's name; {folder} stands for the row's
-    set: tuple[str, ...]  # changes to it, before the row's
-    each: tuple[tuple[str, ...], ...] | None  # further changes, a list for each row, after the row's
-    seeds: tuple[int, ...]
-    agreement: bool  # also judge whether samples show the class asked for (small images; see eval/agreement.py)
-    note: str | None  # what a run of this scale can and cannot show
+    set: tuple[str, ...] = ()  # changes to it, before the row's
+    each: tuple[tuple[str, ...], ...] | None = None  # further changes, a list for each row, after the row's
+    seeds: tuple[int, ...] = (0,)
+    classifier: bool = False  # also judge samples by a classifier (small images; see eval/scoring/classifier.py)
+    note: str | None = None  # what a run of this scale can and cannot show
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -59,17 +59,17 @@ class TableConfig:
     description: str
     question: str  # that it answers
     parameter: str  # what the rows differ in: the head of the first column
-    paper: PaperConfig | None
-    milestones: bool  # also score the checkpoints that checkpoint.milestone_every keeps along each run
-    full: ScaleConfig | None
-    gpu: ScaleConfig | None
-    cpu: ScaleConfig | None
     rows: tuple[RowConfig, ...]
+    paper: PaperConfig | None = None
+    milestones: bool = False  # also score the checkpoints that checkpoint.milestone_every keeps along each run
+    full: ScaleConfig | None = None
+    gpu: ScaleConfig | None = None
+    cpu: ScaleConfig | None = None
 
     def __post_init__(self):
         folders = [row.folder for row in self.rows]
         if not folders or len(set(folders)) < len(folders):
-            raise ValueError(f"rows must be one or more with a folder each of their own, got {folders}")
+            raise ValueError(f"rows must be one or more, each with another folder, got {folders}")
         if not self.scales:
             raise ValueError(f"one or more of {', '.join(SCALES)} must be a group of settings")
         quoted = len(self.paper.nfe) if self.paper else 0

@@ -7,19 +7,20 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import torch
 
+from eval.benchmark import FLOW_MATCHING
 from eval.benchmark.clock import ratio
 from eval.benchmark.rows import Plan, Report, measure
-from eval.benchmark.steps import FLOW_MATCHING
-from eval.plot import COLOURS, plain
-from eval.tables.config import RECIPES, SCALES
+from eval.reports.curves import COLOURS, plain
+from eval.tables import SCALES
+from eval.tables.config import RECIPES
 from eval.tables.files import write_files
 from meanflow.errors import ConfigError, UserError, write_errors_named
 from meanflow.training import settings
 from meanflow.training.config import load_config
 from meanflow.training.run_folder import environment
 
-FIXED = ("train.batch", "train.precision", "train.compile", "loss.jvp")
-WAYS = {FLOW_MATCHING: "Flow Matching", "dual": "MeanFlow, dual numbers", "func": "MeanFlow, torch.func.jvp"}
+FIXED = ("train.batch", "train.precision", "train.compile", "train.jvp")
+WAYS = {FLOW_MATCHING: "Flow Matching", "dual": "{}, dual numbers", "func": "{}, torch.func.jvp"}  # {}: the objective
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PaperSeconds:
     """The paper's seconds an iteration, and on what."""
 
     flow_matching: float
-    meanflow: float
+    with_jvp: float
     hardware: str
 
 
@@ -93,13 +94,13 @@ def run(overhead: Overhead, out: Path, device: torch.device) -> str:
         out.mkdir(parents=True, exist_ok=True)
     how = (chosen.batch, chosen.repeats, ("tf32" if device.type == "cuda" else "fp32",), ("dual", "func"), ())
     recipe = RECIPES / f"{config.base}.yaml"
-    report = measure(Plan(recipe, overhead.changes, *how, ("step",), device), lambda line: None)
+    report = measure(Plan(recipe, overhead.changes, *how, ("step",), device))
     rows = _rows(config.paper, report)
     where = environment()
     about = [
         f"Ours: {report.recipe}, {report.parameters / 1e6:.1f} M parameters, batch {report.batch}, r≠t "
         f"{report.share:.0%}, {how[2][0]}; medians and quartiles of {chosen.repeats} interleaved rounds on "
-        f"{where['device']}, {torch.get_num_threads()} threads, torch {where['torch']}.",
+        f"{where['device']}, {torch.get_num_threads()} thread(s), torch {where['torch']}.",
         f"Paper: {config.paper.hardware}.",
     ]
     if overhead.changes:
@@ -113,7 +114,7 @@ def run(overhead: Overhead, out: Path, device: torch.device) -> str:
 
 def _rows(paper: PaperSeconds, report: Report) -> list[list[str]]:
     header = ["step", "s/iteration", "of Flow Matching's", "paper: s/iteration", "paper: of Flow Matching's"]
-    quoted = {FLOW_MATCHING: paper.flow_matching, "dual": paper.meanflow}
+    quoted = {FLOW_MATCHING: paper.flow_matching, "dual": paper.with_jvp}
     rounds = {_way(step.name): step.rounds for step in report.steps}
     rows = [header]
     for step in report.steps:
@@ -121,7 +122,7 @@ def _rows(paper: PaperSeconds, report: Report) -> list[list[str]]:
         against = ratio(rounds[way], rounds[FLOW_MATCHING])
         theirs = quoted.get(way)
         ours = f"{against.median:.2f} ({against.low:.2f} – {against.high:.2f})"
-        rows.append([WAYS[way], f"{own.median:.3g} ({own.low:.3g} – {own.high:.3g})", ours])
+        rows.append([WAYS[way].format(report.objective), f"{own.median:.3g} ({own.low:.3g} – {own.high:.3g})", ours])
         rows[-1] += ["", ""] if theirs is None else [f"{theirs:.3f}", f"{theirs / paper.flow_matching:.2f}"]
     return rows
 
@@ -132,8 +133,9 @@ def _way(name: str) -> str:
 
 def _draw(report: Report, paper: PaperSeconds, file: Path) -> None:
     rounds = {_way(step.name): step.rounds for step in report.steps}
-    bars = {WAYS[way]: ratio(rounds[way], rounds[FLOW_MATCHING]).median for way in rounds}
-    bars["paper: MeanFlow (JAX)"] = paper.meanflow / paper.flow_matching
+    name = report.objective
+    bars = {WAYS[way].format(name): ratio(rounds[way], rounds[FLOW_MATCHING]).median for way in rounds}
+    bars[f"paper: {name}"] = paper.with_jvp / paper.flow_matching
     figure, axis = plt.subplots(figsize=(5.2, 2.2), layout="constrained")
     colours = [COLOURS[5], COLOURS[0], COLOURS[1], COLOURS[4]]
     drawn = axis.barh(list(bars), list(bars.values()), color=colours, height=0.6)

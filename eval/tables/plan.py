@@ -40,8 +40,9 @@ def run_flops(config: RunConfig, forward: int, scorings: int = 1) -> float:
     return forward * (passes(config) * config.train.batch * config.train.steps + sampling)
 
 
-def plan(tables: list[Table | Overhead], tflops: float) -> str:
-    """A line for each run, those that several tables share counted once, and the sum. `tflops`: achieved by a GPU."""
+def plan(tables: list[Table | Overhead], tflops: float | None = None) -> str:
+    """A line for each run, those that several tables share counted once, and the sum. tflops: achieved by a GPU."""
+    tflops = tflops or TFLOPS
     lines = [["run", "recipe and changes", "parameters", "iterations", "batch", "PFLOP", "GPU-hours"]]
     total, seen, sizes = 0.0, set(), {}
     for table in tables:

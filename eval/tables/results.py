@@ -2,34 +2,39 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from scipy.stats import ttest_ind
 
-from eval.scoring.classifier import Agreement, agreement, agreement_file
-from eval.scoring.files import read_json, write_json
+from eval.scoring.classifier import (
+    ClassifierAccuracy,
+    accuracy_file,
+    classifier_accuracy,
+    read_accuracy,
+    write_accuracy,
+)
 from eval.scoring.score import score_run
 from eval.tables.config import RowConfig, Run, Table
-from meanflow.errors import AssetError
 from meanflow.training.checkpoint import checkpoint_path
-from meanflow.training.metrics import read_metrics
 from meanflow.training.model import load
 from meanflow.training.processes import DistributedContext, run_on_rank0
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder, starts
 
-AGREEMENT_STEPS = 1
-AGREEMENT = f"{AGREEMENT_STEPS}-NFE agreement"
+CLASSIFIED_STEPS = 1
+ACCURACY = f"{CLASSIFIED_STEPS}-NFE classifier accuracy"
 LEVEL = 0.05  # of Welch's t-test, below which two rows are called different
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. `figures`: {"1-NFE fd-pixels": 1.5, …}, at milestones with their step; `agreement` None if not asked."""
+    """One run. `figures`: {"1-NFE fd-pixels": 1.5, …}, at milestones with their step; `accuracy` None if not asked."""
 
     figures: dict[str, float]
-    agreement: Agreement | None
+    accuracy: ClassifierAccuracy | None
     cautions: tuple[str, ...]  # why its figures may not stand beside published ones
     process_hours: float  # of training
     device: str  # in words, of its last start
@@ -73,13 +78,13 @@ class Line:
         return statistics.fmean(result.process_hours for result in self.results)
 
     @property
-    def agreement(self) -> Mean | None:
-        judged = [result.agreement.agreement for result in self.results if result.agreement is not None]
+    def accuracy(self) -> Mean | None:
+        judged = [result.accuracy.accuracy for result in self.results if result.accuracy is not None]
         return Mean.of(judged) if judged else None
 
 
 def measure(table: Table, run: Run, folder: RunFolder, ctx: DistributedContext) -> Result:
-    """The figures of a finished run; scores that stand in its folder are read. Raises AssetError or NumericsError."""
+    """The figures of a finished run; scores that are in its folder are read. Raises AssetError or NumericsError."""
     every, last = run.recipe.checkpoint.milestone_every, run.recipe.train.steps
     steps = [*range(every, last, every), last] if table.config.milestones else [last]
     figures: dict[str, float] = {}
@@ -93,14 +98,14 @@ def measure(table: Table, run: Run, folder: RunFolder, ctx: DistributedContext) 
                 mark = "" if comparable or name.startswith("fd-") else " (not comparable)"
                 figures[f"{nfe}-NFE {name}{mark}{at}"] = value
             cautions |= dict.fromkeys(result["warnings"])
-    found = run_on_rank0(ctx, lambda: _agreement(folder, last, ctx)) if table.settings.agreement else None
+    found = run_on_rank0(ctx, lambda: _accuracy(folder, last, ctx)) if table.settings.classifier else None
     begun = starts(folder)
     hours = process_seconds(begun, read_metrics(folder.metrics_file)) / 3600
     where = f"{begun[-1]['device']}, {begun[-1]['cores']} cores, torch {begun[-1]['torch']}"
     return Result(figures, found, tuple(cautions), hours, where)
 
 
-def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) -> float:
+def process_seconds(begun: list[dict[str, Any]], lines: Iterable[dict[str, Any]]) -> float:
     """Seconds of training times the processes of the start that each step belongs to.
 
     `begun`: the lines of starts.jsonl, whose `step` is where a start went on; `lines`: those of metrics.jsonl, whose
@@ -114,18 +119,13 @@ def process_seconds(begun: list[dict[str, Any]], lines: list[dict[str, Any]]) ->
     return total
 
 
-def _agreement(run: RunFolder, step: int, ctx: DistributedContext) -> Agreement:
+def _accuracy(run: RunFolder, step: int, ctx: DistributedContext) -> ClassifierAccuracy:
     model = load(checkpoint_path(run.checkpoints, step), device=ctx.device)
-    file, samples = agreement_file(run, model, AGREEMENT_STEPS), model.config.eval.samples
-    if file.exists():
-        tree = read_json(file)
-        if all(tree.get(key) == value for key, value in (("samples", samples), ("seed", 0))):
-            try:
-                return Agreement(**tree)
-            except TypeError as error:
-                raise AssetError(f"{file}: is not a classifier's result ({error}); move it away") from error
-    found = agreement(model, samples, AGREEMENT_STEPS)
-    write_json(file, asdict(found))
+    file, samples = accuracy_file(run, step, model.ema, CLASSIFIED_STEPS), model.config.eval.samples
+    found = read_accuracy(file)
+    if found is None or (found.samples, found.seed) != (samples, 0):
+        found = classifier_accuracy(model, samples, CLASSIFIED_STEPS)
+        write_accuracy(file, found)
     return found
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from eval.plot import COLOURS, LOG_FROM, MARKERS, plain
-from eval.scoring.score import floor
+from eval.reports.curves import COLOURS, LOG_FROM, MARKERS, plain
+from eval.scoring.score import REAL_VS_REAL_UP_TO, real_vs_real
 from eval.tables.config import RowConfig, Run, Table
 from eval.tables.files import write_files
-from eval.tables.results import AGREEMENT, Line, Mean, against_paper
+from eval.tables.results import ACCURACY, Line, Mean, against_paper
 from meanflow.errors import AssetError, write_errors_named
-from run import FLOOR_UP_TO
 
 GRID_INCHES = 3.2
 
@@ -35,7 +35,7 @@ def write_table(table: Table, lines: list[Line], diverged: list[Run], out: Path,
 
 
 def _header(table: Table, lines: list[Line]) -> list[str]:
-    judged = [AGREEMENT] if table.settings.agreement else []
+    judged = [ACCURACY] if table.settings.classifier else []
     return [table.config.parameter, *_shown(table, lines[0]), *judged, *_quoted(table), "hours"]
 
 
@@ -53,7 +53,7 @@ def _quoted(table: Table) -> list[str]:
 
 
 def _cells(table: Table, line: Line) -> list[str]:
-    judged = [line.agreement.text("{:.1%}")] if line.agreement else []
+    judged = [line.accuracy.text("{:.1%}")] if line.accuracy else []
     paper = ["" if value is None else f"{value:.2f}" for value in line.row.paper]
     ours = [line.figure(label).text() for label in _shown(table, line)]
     return [line.row.name, *ours, *judged, *paper, f"{line.hours:.3g}"]
@@ -61,11 +61,11 @@ def _cells(table: Table, line: Line) -> list[str]:
 
 def _sheet(table: Table, lines: list[Line]) -> list[list[Any]]:
     """Numbers to compute with: the mean and the standard deviation of each figure in columns of their own."""
-    labels = [*lines[0].labels, *([AGREEMENT] if table.settings.agreement else [])]
+    labels = [*lines[0].labels, *([ACCURACY] if table.settings.classifier else [])]
     spread = [name for label in labels for name in (label, f"{label} sd")]
     sheet: list[list[Any]] = [[table.config.parameter, *spread, *_quoted(table), "seeds", "samples", "hours"]]
     for line in lines:
-        figures = [line.figure(label) for label in line.labels] + ([line.agreement] if line.agreement else [])
+        figures = [line.figure(label) for label in line.labels] + ([line.accuracy] if line.accuracy else [])
         numbers = [value for figure in figures for value in (figure.mean, figure.deviation)]
         sheet.append([line.row.name, *numbers, *line.row.paper, len(line.results), _samples(table), line.hours])
     return sheet
@@ -82,16 +82,16 @@ def notes(table: Table, lines: list[Line], diverged: list[Run], cuda: bool) -> l
     spread = f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}"
     said = [f"Ours: {_samples(table):,} samples a figure; {spread}. Scale {table.scale}: {_trained(table)}."]
     if recipe.eval.extractor == "pixels":
-        cheap = math.prod(recipe.image_shape) <= FLOOR_UP_TO
-        real = f"; between two halves of the real images it is {floor(recipe):.3f}" if cheap else ""
-        said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1], and no FID{real}.")
+        cheap = math.prod(recipe.image_shape) <= REAL_VS_REAL_UP_TO
+        real = f" The real-vs-real distance, of two halves of the real images, is {real_vs_real(recipe):.3f}." * cheap
+        said.append(f"fd-pixels is the Fréchet distance between pixels in [−1, 1]; it is not FID.{real}")
     if chosen.note:
         said.append(chosen.note)
-    if lines[0].agreement:
-        real = lines[0].results[0].agreement.real
+    if lines[0].accuracy:
+        real = lines[0].results[0].accuracy.real
         said.append(
-            f"Agreement: samples that a classifier fitted to the real images gives the label they were asked for; "
-            f"of real images it gets {real:.1%} right (cross-validated)."
+            f"Classifier accuracy: samples that a classifier fitted to the real images gives the label they were asked "
+            f"for; of real images it gets {real:.1%} right (cross-validated)."
         )
     if diverged:
         said.append(f"Not finite, and so without figures: {', '.join(run.folder for run in diverged)}.")
@@ -122,9 +122,9 @@ def _range(numbers: set[int]) -> str:
 
 
 def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
-    """One panel for each kind of figure, the rows along the x axis; the paper's in a panel of its own."""
+    """One panel for each kind of figure, the rows along the x axis; the paper's in another panel."""
     ours, paper = lines[0].labels, table.config.paper
-    panels = 1 + bool(lines[0].agreement) + bool(paper)
+    panels = 1 + bool(lines[0].accuracy) + bool(paper)
     width = max(2.6, 0.75 * len(lines) + 1.2)
     figure, axes = plt.subplots(1, panels, figsize=(width * panels, 3.0), squeeze=False, layout="constrained")
     axes, names = list(axes[0]), [line.row.name for line in lines]
@@ -133,11 +133,11 @@ def draw_rows(table: Table, lines: list[Line], file: Path) -> None:
     for k, label in enumerate(ours):
         _errors(axis, [line.figure(label) for line in lines], label, k)
     _dress(axis, f"ours: {', '.join(sorted(kinds))}", names, table.config.parameter)
-    if lines[0].agreement:
+    if lines[0].accuracy:
         axis = axes.pop(0)
-        _errors(axis, [line.agreement for line in lines], AGREEMENT, 3)
-        _dress(axis, "ours: agreement with the class asked for", names, table.config.parameter, log=False)
-        axis.yaxis.set_major_formatter("{x:.0%}")
+        _errors(axis, [line.accuracy for line in lines], ACCURACY, 3)
+        _dress(axis, "ours: classifier accuracy", names, table.config.parameter, log=False)
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.set_ylim(top=min(axis.get_ylim()[1], 1.005))
     if paper:
         for k, nfe in enumerate(paper.nfe):

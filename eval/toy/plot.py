@@ -1,7 +1,7 @@
 """The picture of `eval.toy2d`: Figures 2 and 3 of the paper in one column of fields per t, and samples below.
 
-Arrows point the way that samples go, from noise to data: they show −v and −u. All fields share one scale, and arrows
-stand where z_t is found.
+Arrows point the way that samples go, from noise to data: they show −v and −u. All fields have the same scale, and
+arrows are drawn where z_t is found.
 """
 
 from itertools import pairwise
@@ -14,12 +14,12 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from eval.plot import COLOURS
+from eval.reports.curves import COLOURS
 from eval.toy.mixture import Mixture, instantaneous
 from eval.toy.train import DrawConfig, Toy2dConfig
 from meanflow.errors import write_errors_named
 from meanflow.jvp import Network
-from meanflow.objectives.meanflow import interpolate
+from meanflow.objectives.base import interpolate
 from meanflow.random import generator
 from meanflow.sampling import sample
 
@@ -27,7 +27,7 @@ BLUE, ORANGE, GREEN, GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]  # v,
 DATA = "#b03a3a"
 ARROW = {"angles": "xy", "scale_units": "xy", "width": 0.0055, "headwidth": 3.6, "headlength": 4.2, "pivot": "tail"}
 SHRINK = 5.0  # an arrow is this much shorter than the velocity it shows
-RARE = 0.01  # share of the z_t that lie where no arrow is drawn
+RARE = 0.01  # fraction of the z_t that lie where no arrow is drawn
 PIXELS = 100  # a side of the densities
 SHADES = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # of their maximum
 MEETING = (0.9, 0.1)  # the point z_t, at t = 0.5, that the first panel looks at
@@ -98,7 +98,7 @@ def field_panels(axes, u: Network, mixture: Mixture, t: float, config: DrawConfi
 
 
 def conditional_panel(axis, mixture: Mixture, draws: torch.Generator) -> None:
-    """Figure 2: pairs (x, ε) whose straight paths meet in one z_t, each with a velocity of its own; v is their mean."""
+    """Figure 2: pairs (x, ε) whose straight paths meet in one z_t, each with another velocity; v is their mean."""
     t, z = 0.5, torch.tensor([MEETING], dtype=torch.float64)
     x = mixture.sample(20000, draws)
     eps = (z - (1 - t) * x) / t

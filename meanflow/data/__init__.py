@@ -1,9 +1,18 @@
-"""Images and latents: where they come from, in which order they are seen, how they are augmented."""
+"""Files and images → what to train on.
 
-from meanflow.data.config import DataConfig
-from meanflow.data.dataset import Dataset, load_dataset
+dataset.py           the settings, images in memory, the order in which they are seen
+images.py            a folder, zip or tar of images: which files, which classes, decoded
+archives.py          … opened, with what is unsafe refused
+check.py             all that is wrong with one at once
+augment.py           EDM's augmentation
+latents.py           the settings, and random access to prepared latents
+prepare_latents.py   images → latents
+shards.py            … and their files
+codec.py             the VAE
+"""
+
+from meanflow.data.dataset import DataConfig, Dataset, batch_indices, epoch_order, load_dataset
 from meanflow.data.latents import Latents, LatentsConfig, open_latents
-from meanflow.data.order import batch_indices, epoch_order
 
 __all__ = [
     "DataConfig",

@@ -14,7 +14,7 @@ That is the anisotropy "appendix". "official" is that of the official CIFAR-10 r
 two ways: θ is drawn with probability ½ and is 0 otherwise, and the stretch lies along −θ (x right, y down) although the
 labels are (b cos θ, b sin θ). Scaling, shifts and flips need no such choice: on equal draws they agree with the
 release's, with a mean difference of 0.002 between images in [−1, 1], because the filter is centred here (see DELAY).
-The release's loader also flips every image on a coin that no label tells; `ImageFeed` does so before `apply`.
+The release's loader also flips every image with probability ½ without a label; `ImageFeed` does so before `apply`.
 
 The last three are one affine map, applied as a single warp: reflect the image at its borders, double its
 resolution with the sym6 wavelet's low-pass filter, look up bilinearly, halve with the same filter's adjoint.
@@ -22,7 +22,7 @@ The filter is orthonormal, so the identity and whole-pixel shifts come out exact
 
 Two things keep an image's result independent of its batch. The reflected image is periodic, so one period
 (2(W − 1) pixels) holds all of it and coordinates wrap around: no margin depends on the largest draw. And the
-warp is done in float64, which neither TF32 nor autocast touches; only the warped third of the batch pays.
+warp is done in float64, which neither TF32 nor autocast touches, for the warped third of the batch alone.
 """
 
 import math
@@ -48,7 +48,7 @@ DELAY = sum(k * h for k, h in enumerate(SYM6)) / sum(SYM6)
 
 @dataclass(frozen=True, eq=False)
 class AugmentDraw:
-    """The random part of augmenting n images, on the CPU: what `apply` does to each of them."""
+    """The random numbers of n images' augmentation, on the CPU: what `apply` does to each of them."""
 
     labels: torch.Tensor  # (n, 6) float32: what the network is told
     inverse: torch.Tensor  # (n, 2, 2) float64: offset from the centre after the warp (x, y) → offset before
@@ -58,7 +58,7 @@ class AugmentDraw:
         return len(self.labels)
 
     def select(self, indices: torch.Tensor | slice) -> "AugmentDraw":
-        """The draw of some of the images: a process's share, or a micro-batch."""
+        """The draw of some of the images: those of a process, or of a micro-batch."""
         return AugmentDraw(self.labels[indices], self.inverse[indices], self.warped[indices])
 
 
@@ -66,7 +66,7 @@ def draw(n: int, p: float, flip: bool, anisotropy: str, generator: torch.Generat
     """Draw the augmentation of n images.
 
     Args:
-        n: images; draw for the whole global batch and `select`, so that the split over processes is free.
+        n: images; draw for the global batch and `select`, so that the result does not depend on the processes.
         p: probability of each of scale, anisotropy and translation, independently (EDM: 0.12 for CIFAR-10).
         flip: whether to flip images, each with probability ½.
         anisotropy: one of ANISOTROPIES, see the module's docstring. Both begin with the same draws.

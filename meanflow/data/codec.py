@@ -6,6 +6,8 @@ network sees is (mean + std·noise)·scale, and that is also what `decode` takes
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +27,7 @@ class Codec(Protocol):
     """Encodes images and decodes latents; on one device, without gradients."""
 
     scale: float
-    record: dict[str, str | None]  # {"name", "sha256" of the weights}, to recognise it again
+    record: dict[str, str | None]  # {"name", "sha256" of the weights}, which latents are checked against
 
     def latent_shape(self, channels: int, image_size: int) -> tuple[int, int, int]:
         """(C, h, w) of the latent of an image with `channels` and `image_size` squared pixels.
@@ -44,7 +46,7 @@ class SpaceToDepth:
     """2×2 pixels become four channels, in [−1, 1], without spread: a latent path that needs no weights."""
 
     scale = 1.0
-    record = {"name": SPACE_TO_DEPTH, "sha256": None}  # noqa: RUF012 - never changed
+    record = {"name": SPACE_TO_DEPTH, "sha256": None}  # noqa: RUF012 - a constant
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
@@ -136,8 +138,8 @@ def scale_of(vae: str) -> float:
 
 def local_weights(vae: str) -> Path | None:
     """The weights of a VAE in a local folder; None if `vae` is not one."""
-    path = Path(vae).expanduser() / WEIGHTS
-    return path if path.exists() else None
+    path = Path(os.path.expanduser(vae)) / WEIGHTS
+    return path if os.path.exists(path) else None
 
 
 def sha256_file(path: Path) -> str:
@@ -179,7 +181,8 @@ def load_autoencoder(name: str, folder: Path) -> Any:
 
 
 def _no_diffusers(name: str) -> AssetError:
-    return AssetError(f"data.vae {name} needs diffusers: pip install -r requirements-imagenet.txt")
+    needed = "diffusers safetensors huggingface-hub"  # requirements-imagenet.txt
+    return AssetError(f"data.vae {name} needs diffusers: {sys.executable} -m pip install {needed}")
 
 
 def _refuse_other_kinds(name: str, folder: Path) -> None:
@@ -201,8 +204,8 @@ def _refuse_other_kinds(name: str, folder: Path) -> None:
 
 def _locate(vae: str) -> Path:
     """The folder of a VAE's files: `vae` itself, or where the hub's files are cached, downloaded first if need be."""
-    folder = Path(vae).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(vae))
+    if os.path.isdir(folder):
         if local_weights(vae) is None:
             raise AssetError(f"data.vae {vae}: there is no {WEIGHTS} (other formats can run code, so are not loaded)")
         return folder

@@ -1,20 +1,67 @@
-"""Data sets as one uint8 tensor each, small enough to live on the training device."""
+"""What to train on: a pixel recipe's `data` section, its images in memory, and the order in which they are seen."""
 
 import http.client
+import os
 import socket
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from meanflow.data.config import DataConfig
+from meanflow.data.augment import ANISOTROPIES, AUGMENT_LABELS
 from meanflow.data.images import MODES, load_images
 from meanflow.errors import AssetError, ConfigError
+from meanflow.random import generator
 
+SOURCES = ("cifar10", "digits")
+SPLITS = ("train", "test")
 NETWORK_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented.
+
+    Raises:
+        ValueError: a field is out of range; the message begins with the field's name.
+    """
+
+    kind: Literal["images"] = "images"
+    source: str = "cifar10"  # cifar10, or digits: scikit-learn's 8×8 handwritten digits
+    root: str = "data"  # folder where downloads live
+    path: str | None = None  # your own images instead of `source`: a folder, zip or tar of class folders
+    split: str = "train"  # which part of the images, train or test
+    augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
+    anisotropy: str = "appendix"  # as EDM's appendix F.2 has it, or "official": as the official release (augment.py)
+    flip: bool = False  # mirror every image on a fair coin, one of the labels that the network is given
+    flip_unlabelled: bool = False  # mirror every image on another fair coin first, which the network is not told
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, not {self.source!r}")
+        if not self.root:
+            raise ValueError("root must name the folder for downloads, not be empty")
+        if self.path is not None and not self.path:
+            raise ValueError("path must name a folder, zip or tar of images, or be null")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {self.split!r}")
+        if not 0 <= self.augment_p <= 1:
+            raise ValueError(f"augment_p must lie in 0 … 1, not {self.augment_p}")
+        if self.anisotropy not in ANISOTROPIES:
+            raise ValueError(f"anisotropy must be one of {', '.join(ANISOTROPIES)}, not {self.anisotropy!r}")
+        for name in ("flip", "flip_unlabelled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+
+    @property
+    def augment_labels(self) -> int:
+        """Width of the label vector that tells the network how an image was augmented: 6, or 0 if never."""
+        return AUGMENT_LABELS if self.augment_p > 0 or self.flip else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +99,14 @@ def load_dataset(config: DataConfig, image_size: int, channels: int, progress: b
         _check_shape("digits", 8, 1, image_size, channels)
         return digits(config.split)
     _check_shape("cifar10", 32, 3, image_size, channels)
-    return _cifar10(Path(config.root).expanduser(), config.split)
+    return _cifar10(Path(os.path.expanduser(config.root)), config.split)
 
 
-def _check_shape(source: str, size: int, channels: int, wanted_size: int, wanted_channels: int):
-    if (size, channels) != (wanted_size, wanted_channels):
+def _check_shape(source: str, size: int, channels: int, model_size: int, model_channels: int):
+    if (size, channels) != (model_size, model_channels):
         raise ConfigError(
             f"data.source {source} is {size}x{size} with {channels} channel(s), but the model is set to "
-            f"{wanted_size}x{wanted_size} with {wanted_channels}: change the model's image size and channels"
+            f"{model_size}x{model_size} with {model_channels}: set model.image_size={size} model.channels={channels}"
         )
 
 
@@ -75,17 +122,17 @@ def digits(split: str) -> Dataset:
 
 
 def _cifar10(root: Path, split: str) -> Dataset:
-    from torchvision.datasets import CIFAR10  # here, as above
+    from torchvision.datasets import CIFAR10  # here, for the same reason
     from torchvision.datasets.utils import check_integrity
 
     archive = root / CIFAR10.filename
-    partial = not archive.exists()  # if this call downloads it, then this call clears it away on failure
+    partial = not archive.exists()  # what this call downloads, it removes on failure
     if not partial and not check_integrity(str(archive), CIFAR10.tgz_md5):
         raise AssetError(f"{archive} is damaged or incomplete (wrong checksum): delete it and run again")
     try:
         with _download_errors_named(archive, CIFAR10.url):
             data = CIFAR10(str(root), train=split == "train", download=True)
-    except BaseException:  # Ctrl-C too: half an archive would stop the next run
+    except BaseException:  # Ctrl-C too: half an archive would be refused by the next run
         if partial and archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
             archive.unlink()
         raise
@@ -111,3 +158,38 @@ def _download_errors_named(archive: Path, url: str) -> Iterator[None]:
         raise AssetError(f"CIFAR-10 cannot be stored in {archive.parent}: {reason}") from error
     finally:
         socket.setdefaulttimeout(before)
+
+
+# --- the order of training ---------------------------------------------------------------------------------------
+# An endless stream of epoch permutations, addressed by position: position p is image p mod n of epoch p // n. A batch
+# is a range of positions, so the order is a function of (n, seed) alone: it depends neither on how many processes
+# share the batch, nor on where a run was resumed.
+
+
+@lru_cache(maxsize=2)  # a batch that crosses an epoch's border needs two
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which `epoch` (0, 1, …) visits n images: a permutation, int64 (n,), on the CPU."""
+    return _permutation(n, seed, epoch).clone()
+
+
+def batch_indices(n: int, seed: int, start: int, count: int) -> torch.Tensor:
+    """Image numbers at positions start … start + count − 1 of the stream, int64 (count,), on the CPU.
+
+    Args:
+        n: images in the data set, at least 1.
+        seed: the run's seed.
+        start: first position, at least 0: images seen before this batch.
+        count: how many; may cross any number of epoch borders.
+    """
+    if n < 1 or start < 0 or count < 0:
+        raise ValueError(f"batch_indices needs n ≥ 1, start ≥ 0, count ≥ 0, not {n}, {start}, {count}")
+    end = start + count
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for epoch in range(start // n, -(-end // n)):
+        first = epoch * n
+        parts.append(_permutation(n, seed, epoch)[max(start - first, 0) : min(end - first, n)])
+    return torch.cat(parts)

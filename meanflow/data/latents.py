@@ -1,6 +1,7 @@
-"""Prepared latents: what to train on in the latent recipes, and fast random access to it."""
+"""Prepared latents: the `data` section of a latent recipe, and fast random access to what it names."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of, sha256_file
-from meanflow.data.config import SPLITS
+from meanflow.data.dataset import SPLITS
 from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest, sha256_json
 from meanflow.errors import AssetError, ConfigError
 from meanflow.logs import progress_bar
@@ -28,13 +29,13 @@ class LatentsConfig:
     """
 
     kind: Literal["latents"]
-    latents: str  # folder of the shards and their manifest
+    latents: str  # folder that holds the latents, or will
     vae: str  # a name on the Hugging Face hub, a folder in diffusers' layout, or "space-to-depth" (no weights)
     image_size: int  # pixels a side of the images that are encoded
     source: str = "folder"  # class folders of images at `images`; or "digits": scikit-learn's 8×8
-    images: str | None = None  # folder, zip or tar of class folders to prepare from; null: all prepared
+    images: str | None = None  # folder, zip or tar of class folders to prepare from; null: all is prepared
     split: str = "train"  # "train" or "test"
-    flip: bool = False  # the mirror image's latent with probability ½; the official release takes none
+    flip: bool = False  # take the mirror image's latent on a fair coin; the official release does not
     decode_precision: str = "fp32"  # "fp32" or "bf16", of the VAE's decoder at sampling
     decode_batch: int = 32  # images decoded at once
 
@@ -110,37 +111,37 @@ class Latents:
         return torch.from_numpy(mean), torch.from_numpy(std)
 
 
-def open_latents(folder: Path, wanted: LatentsConfig, shape: tuple[int, int, int] | None = None) -> Latents:
+def open_latents(folder: Path, config: LatentsConfig, shape: tuple[int, int, int] | None = None) -> Latents:
     """Open prepared latents. Sizes and the manifest are checked, contents are not: that is `verify`'s.
 
     Args:
         folder: where the manifest is.
-        wanted: the recipe's settings, which the latents must have been made with.
+        config: the recipe's settings, which the latents must have been made with.
         shape: (C, h, w) that the network expects; None: any.
 
     Raises:
         AssetError: no manifest, or a damaged one; a shard that is truncated, missing or foreign, by name.
         ConfigError: a manifest of another version; latents of another source, split, VAE, image size, scale or shape.
     """
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
-    refuse_other(manifest.plan, wanted, folder)
+    refuse_other(manifest.plan, config, folder)
     if shape is not None and tuple(shape) != manifest.plan.shape:
         raise ConfigError(
-            f"{folder}: its latents are {_by(manifest.plan.shape)}, but the model is set to {_by(shape)}: change the "
-            "model's image_size and channels"
+            f"{folder}: its latents are {_by(manifest.plan.shape)}, but the model is set to {_by(shape)}: set "
+            f"model.channels={manifest.plan.shape[0]} model.image_size={manifest.plan.shape[1]}"
         )
     refuse_faults(folder, manifest)
     return Latents(folder, manifest)
 
 
-def refuse_other(plan: Plan, wanted: LatentsConfig, folder: Path) -> None:
-    """Raises ConfigError, naming what differs, if latents were made with other settings than `wanted`."""
+def refuse_other(plan: Plan, config: LatentsConfig, folder: Path) -> None:
+    """Raises ConfigError, naming what differs, if latents were made with other settings than `config`."""
     pairs = {
-        "source": (plan.source, wanted.source),
-        "split": (plan.split, wanted.split),
-        "image_size": (plan.image_size, wanted.image_size),
-        "vae": (plan.codec["name"], _same_vae(plan, wanted.vae)),
+        "source": (plan.source, config.source),
+        "split": (plan.split, config.split),
+        "image_size": (plan.image_size, config.image_size),
+        "vae": (plan.codec["name"], _same_vae(plan, config.vae)),
     }
     for name, (made, asked) in pairs.items():
         if made != asked:
@@ -148,10 +149,10 @@ def refuse_other(plan: Plan, wanted: LatentsConfig, folder: Path) -> None:
                 f"{folder}: its latents were made with {name} {made}, but data.{name} is {asked}: set "
                 f"data.{name}={made}, or prepare others in another data.latents"
             )
-    if plan.scale != scale_of(wanted.vae):
+    if plan.scale != scale_of(config.vae):
         raise ConfigError(
-            f"{folder}: its latents are of the scale {plan.scale}, but those of data.vae {wanted.vae} are of "
-            f"{scale_of(wanted.vae)}: prepare them again in another data.latents"
+            f"{folder}: its latents are of the scale {plan.scale}, but those of data.vae {config.vae} are of "
+            f"{scale_of(config.vae)}: prepare them again in another data.latents"
         )
 
 
@@ -166,10 +167,10 @@ def _same_vae(plan: Plan, vae: str) -> str | None:
 
 
 def find_fault(folder: Path, manifest: Manifest) -> str | None:
-    """A line on the first shard that is truncated, missing or foreign by its size and seal; None if all are whole."""
+    """A line about the first shard that is truncated, missing or foreign by its size and seal; None if all are fine."""
     for index, shard in enumerate(manifest.shards):
         if problem := fault(folder / shard.file, shard.count, shard.bytes, manifest.plan, index):
-            return f"{folder / shard.file}: {problem}; preparing again, with data.images set, makes this shard anew"
+            return f"{folder / shard.file}: {problem}; preparing again, with data.images set, makes this shard again"
     return None
 
 

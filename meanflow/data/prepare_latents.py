@@ -1,19 +1,20 @@
-"""Images → latents on disk, once: `python -m meanflow.data.prepare_latents --images DIR --out DIR --vae NAME`.
+"""Images → latents on disk, once; `bash run.sh prepare_latents` is the command, and the ImageNet recipes begin with it.
 
 Each image and its mirror image are encoded; the latents' means and standard deviations are kept (see shards.py).
-Interrupted in any way, the same command continues. Under torchrun the processes share the shards, on any number of
-GPUs. `--verify DIR` compares the checksums of finished latents.
+However it is interrupted, the same command continues. Several processes divide the shards among them, on any number
+of GPUs.
 """
 
-import argparse
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meanflow.data.archives import open_source
 from meanflow.data.codec import Codec, open_codec
-from meanflow.data.config import SPLITS
-from meanflow.data.latents import LatentsConfig, find_fault, open_latents, refuse_other, verify
-from meanflow.data.listing import Listing, open_listing
+from meanflow.data.dataset import digits
+from meanflow.data.images import arrange, crop_file, decode_ahead, decoders
+from meanflow.data.latents import LatentsConfig, find_fault, open_latents, refuse_other
 from meanflow.data.shards import (
     FORMAT,
     MANIFEST,
@@ -36,15 +38,78 @@ from meanflow.data.shards import (
     read_manifest,
     read_plan,
     remove_leftovers,
+    sha256_json,
     shard_entry,
     write_atomically,
     write_manifest,
 )
-from meanflow.errors import AssetError, ConfigError, run_main, write_errors_named
+from meanflow.errors import AssetError, ConfigError, write_errors_named
 from meanflow.logs import log, progress_bar
 
 SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
 BATCH = 32
+
+
+# --- which images -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The images to encode, numbered in the order in which their source is read fastest."""
+
+    names: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+    channels: int
+    sha256: str  # of the names and the classes; of the pixels where images are not files
+    decode: Callable[[Iterable[int]], Iterator[Future]]  # numbers → uint8 (channels, S, S), or AssetError by name
+
+
+@contextmanager
+def open_listing(config: LatentsConfig, processes: int) -> Iterator[Listing]:
+    """The images that `config` names; so many `processes` of this machine read them at the same time.
+
+    Raises:
+        AssetError: nothing there, unreadable, no class folders, or one that is empty.
+        ConfigError: no such split, or an image size that the source does not have.
+    """
+    if config.source == "digits":
+        yield _digits(config)
+        return
+    with open_source(config.images, "data.images") as source, decoders(processes) as pool:
+        layout = arrange(source, config.split)
+        if not layout.classes:
+            raise AssetError(f"{source.where}: has images but no class folders, which latents need: one folder a class")
+        images, number = set(layout.images), {name: k for k, name in enumerate(layout.classes)}
+        files = [parts for parts in source.files if parts in images]
+        names = ["/".join(parts) for parts in files]
+        labels = [number[layout.class_of(parts)] for parts in files]
+
+        def decode(numbers: Iterable[int]) -> Iterator[Future]:
+            chosen = (files[k] for k in numbers)
+            ahead = decode_ahead(pool, source, chosen, lambda name, data: crop_file(name, data, config.image_size))
+            return (future for _, future in ahead)
+
+        yield Listing(names, labels, layout.classes, 3, sha256_json([names, layout.classes]), decode)
+
+
+def _digits(config: LatentsConfig) -> Listing:
+    data = digits(config.split)
+    if config.image_size != data.images.shape[-1]:
+        raise ConfigError(f"data.source digits has data.image_size {data.images.shape[-1]}, not {config.image_size}")
+
+    def decode(numbers: Iterable[int]) -> Iterator[Future]:
+        for k in numbers:
+            future: Future = Future()
+            future.set_result(data.images[k])
+            yield future
+
+    names = [f"digit {k}" for k in range(len(data))]
+    digest = hashlib.sha256(data.images.numpy()).hexdigest()
+    return Listing(names, data.labels.tolist(), data.class_names, data.images.shape[1], digest, decode)
+
+
+# --- encoding them ----------------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -58,10 +123,10 @@ def prepare(
     shape: tuple[int, int, int] | None = None,
     classes: int | None = None,
 ) -> bool:
-    """Encode what is not encoded yet of this process's share: every world-th shard. False, at once, if all is there.
+    """Encode this process's part, every world-th shard, as far as it is not done. False, at once, if all is there.
 
-    Processes need no connection: whoever finds all shards done writes the manifest. So it is there once all
-    processes have returned (where files of other machines show late, one more call in one process writes it).
+    Processes need no connection: whichever finds all shards done writes the manifest. So it is there once all
+    processes have returned (where files of other machines appear late, one more call in one process writes it).
 
     Args:
         config: which images, which VAE, into which folder.
@@ -77,7 +142,7 @@ def prepare(
         ConfigError: the folder was begun with other settings or images, or the network takes others.
         NumericsError: the VAE gives NaN or infinity.
     """
-    folder = Path(config.latents).expanduser()
+    folder = Path(os.path.expanduser(config.latents))
     if _is_prepared(folder, config):
         return False
     if config.source == "folder" and config.images is None:
@@ -86,11 +151,11 @@ def prepare(
     with ExitStack() as stack:
         listing = stack.enter_context(open_listing(config, world))
         codec = open_codec(config.vae, device, config.decode_precision, config.decode_batch)
-        wanted = _plan(config, listing, codec, shard_images)
-        _refuse_another_network(wanted, shape, classes)
+        requested = _plan(config, listing, codec, shard_images)
+        _refuse_another_network(requested, shape, classes)
         stack.enter_context(_hold(folder, rank))
         remove_leftovers(folder, rank, world)
-        plan = _settle(folder, wanted, rank)
+        plan = _begun_plan(folder, requested, rank)
         todo = [k for k in range(rank, plan.shards, world) if shard_entry(folder, plan, k) is None]
         if todo:  # a manifest that is there lists a shard that has to be made again
             with write_errors_named(folder / MANIFEST):
@@ -101,7 +166,7 @@ def prepare(
     if manifest:
         log.info(_summary(folder, manifest))
     else:
-        log.info(f"{folder}: this process's shards are done; the last of the others completes the latents")
+        log.info(f"{folder}: this process's shards are done; the process that finishes last writes the manifest")
     return True
 
 
@@ -121,7 +186,7 @@ def _refuse_another_network(plan: Plan, shape: tuple[int, int, int] | None, clas
 
 def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
     """Whether all is there, made of the same images by the same settings. Raises ConfigError for other settings."""
-    if not (folder / MANIFEST).exists():
+    if not os.path.exists(folder / MANIFEST):
         return False
     manifest = read_manifest(folder)
     refuse_other(manifest.plan, config, folder)
@@ -131,7 +196,7 @@ def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+    return None if path is None else str(Path(os.path.expanduser(path)).resolve())
 
 
 @contextmanager
@@ -167,21 +232,21 @@ def _plan(config: LatentsConfig, listing: Listing, codec: Codec, shard_images: i
     )
 
 
-def _settle(folder: Path, wanted: Plan, rank: int) -> Plan:
-    """The folder's plan: the one it was begun with, or `wanted` if it is new. Raises ConfigError where they differ."""
+def _begun_plan(folder: Path, requested: Plan, rank: int) -> Plan:
+    """The plan that the folder was begun with; `requested` if it is new. Raises ConfigError where they differ."""
     path = folder / PLAN
     if not path.exists():
-        write_atomically(path, json.dumps(asdict(wanted), indent=1).encode(), rank)
+        write_atomically(path, json.dumps(asdict(requested), indent=1).encode(), rank)
     begun = read_plan(path)
-    old, new = begun.identity(), wanted.identity()
-    if begun.codec["sha256"] != wanted.codec["sha256"]:  # named, since checksums say little
-        old["codec"], new["codec"] = (f"{c['name']} (sha256 {c['sha256']})" for c in (begun.codec, wanted.codec))
+    old, new = begun.identity(), requested.identity()
+    if begun.codec["sha256"] != requested.codec["sha256"]:  # named, since checksums say little
+        old["codec"], new["codec"] = (f"{c['name']} (sha256 {c['sha256']})" for c in (begun.codec, requested.codec))
     for name in ("codec", "image_size", "split", "source", "scale", "shape", "files", "classes", "listing"):
         if old[name] == new[name]:
             continue
         what = f"{name} {old[name]}, now {name} {new[name]}"
         if name in ("classes", "listing"):
-            what = f"another list of images ({begun.images}, now {wanted.images})"
+            what = f"another list of images ({begun.images}, now {requested.images})"
         raise ConfigError(f"{folder}: was begun with {what}: give the same again, or another folder for the latents")
     return begun
 
@@ -225,7 +290,7 @@ def _encode_batch(
         elif skip_broken and isinstance(error, AssetError):
             shard.skipped.append((listing.names[number], str(error)))
         elif isinstance(error, AssetError):
-            advice = "replace it, or leave such images out with `python -m meanflow.data.prepare_latents --skip-broken`"
+            advice = "replace it, or leave such images out with `bash run.sh prepare_latents --skip-broken`"
             raise AssetError(f"{error}; {advice}") from error
         else:
             raise error
@@ -248,41 +313,5 @@ def _summary(folder: Path, manifest: Manifest) -> str:
     return line
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m meanflow.data.prepare_latents", description=__doc__)
-    parser.add_argument("--images", help="folder, zip or tar of class folders of images")
-    parser.add_argument("--out", help="folder for the latents")
-    parser.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or folder (sd-vae-ft-mse)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side after ADM's centre crop (256)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="where images has train/ and val/ (train)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images encoded at once ({BATCH})")
-    parser.add_argument(
-        "--shard", type=int, default=SHARD_IMAGES, help=f"images a shard, in a new folder ({SHARD_IMAGES})"
-    )
-    parser.add_argument("--skip-broken", action="store_true", help="leave out unreadable images and list them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to encode (CUDA where there is one)")
-    parser.add_argument("--verify", metavar="DIR", help="compare the checksums of finished latents and stop")
-    args = parser.parse_args(argv)
-    if args.verify:
-        latents = verify(Path(args.verify).expanduser())
-        log.info(f"{args.verify}: {len(latents):,} latents, intact")
-        return 0
-    if not args.images or not args.out or min(args.batch, args.shard) < 1:
-        parser.error("--images and --out are needed, with --batch and --shard at least 1, or --verify alone")
-    try:
-        config = LatentsConfig(
-            kind="latents", latents=args.out, vae=args.vae, image_size=args.size, images=args.images, split=args.split
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if not prepare(config, rank, world, device, args.skip_broken, args.batch, args.shard):
-        log.info(f"{args.out}: all latents are there already; --verify compares their checksums")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(run_main(main))
+    sys.exit("error: this command has moved: bash run.sh prepare_latents, or torchrun … run.py prepare_latents")

@@ -250,8 +250,8 @@ def read_plan(path: Path) -> Plan:
 def read_manifest(folder: Path) -> Manifest:
     """Raises AssetError if it is missing or damaged, ConfigError for one of another version."""
     path = folder / MANIFEST
-    if not path.exists():
-        if (folder / PLAN).exists():
+    if not os.path.exists(path):  # unlike Path.exists, also False where it may not be looked for
+        if os.path.exists(folder / PLAN):
             raise AssetError(f"{folder}: its latents are unfinished: the command that began them continues them")
         raise AssetError(f"{folder}: has no latents: set data.images to the images to prepare them from")
     tree = _read_json(path)

@@ -33,14 +33,17 @@ class Loss:
 class Objective(ABC):
     """A training objective: a frozen dataclass of its settings, with a `kind` and the methods below.
 
-    `needs_jvp`: whether `loss` calls `jvp`. `teacher_decay`: the EMA decay of the averaged network that `loss` is
-    given as `teacher`, or None; it must be among the recipe's ema.decays. `titles` explains logged values in curves.
-    `plain(u, x, eps, r, t, **cond)` → (B,), where there is one, is the objective written without any saving of time or
-    memory, as its paper has it: the specification that tests and benchmarks compare `loss` with.
+    `needs_jvp`: whether `loss` calls `jvp`. `titles` explains logged values in curves. `plain(u, x, eps, r, t, v=None,
+    **cond)` → (B,), where there is one, is the objective as its paper has it, without any saving of time or memory: the
+    specification that tests and benchmarks compare `loss` with.
     """
 
     needs_jvp: ClassVar[bool] = False
-    titles: ClassVar[dict[str, str]] = {}
+    titles: ClassVar[dict[str, str]] = {
+        "error": "squared error ‖u − u_tgt‖², all samples (unweighted)",
+        "error_r_eq_t": "squared error at r = t: ‖u − v‖², Flow Matching",
+        "error_r_lt_t": "squared error at r < t: ‖u − u_tgt‖²",
+    }
     plain: ClassVar[Callable | None] = None
 
     @classmethod
@@ -53,12 +56,14 @@ class Objective(ABC):
         while classes:
             subclass = classes.pop()
             classes += subclass.__subclasses__()
-            if isinstance(vars(subclass).get("kind"), str):
-                found[subclass.kind] = subclass
+            kind = vars(subclass).get("kind")
+            if isinstance(kind, str) and found.setdefault(kind, subclass) is not subclass:
+                raise TypeError(f"{subclass.__module__} and {found[kind].__module__} are both of kind {kind!r}")
         return dict(sorted(found.items()))
 
     @property
     def teacher_decay(self) -> float | None:
+        """The EMA decay of the averaged network that `loss` is given as `teacher`, one of the recipe's ema.decays."""
         return None
 
     @property
@@ -90,19 +95,20 @@ class Objective(ABC):
         u(z, r, t, **cond): the network in training mode. x, eps (B, …): data in [−1, 1] and Gaussian noise.
         r ≤ t (B,) in [0, 1], best on the CPU: which rows have r ≠ t is then known without waiting for the device.
         v (B, …): the velocity field to learn from, by default the conditional ε − x; guidance passes its own (Eq. 21).
-        jvp: how derivatives are taken (`meanflow.jvp`). progress: share of training that is done, in [0, 1).
-        teacher: u by averaged weights, where `teacher_decay` asks for one. cond: what else the network takes, (B, …).
+        jvp: how derivatives are taken, see `meanflow.jvp.value_and_jvp`. progress: k/K after k of K steps, in [0, 1).
+        teacher(z, r, t, **cond): u by averaged weights, without dropout or gradient, where `teacher_decay` asks for it.
+        cond: what else the network takes, (B, …).
         """
 
 
 def per_row(time: Tensor, x: Tensor) -> Tensor:
-    """(B,) → (B, 1, …), to multiply x (B, …)."""
-    return time.view(-1, *[1] * (x.ndim - 1))
+    """(B,) → (B, 1, …) on the device and in the dtype of x (B, …), to multiply it. Does not wait for the device."""
+    return time.to(x, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 − t) x + t ε (Section 3): x, eps (B, …), t (B,) → (B, …)."""
-    t = per_row(t.to(x, non_blocking=True), x)
+    t = per_row(t, x)
     return (1 - t) * x + t * eps
 
 
@@ -112,7 +118,7 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 def adaptive_weight(error: Tensor, p: float, c: float) -> Tensor:
-    """1 / (error + c)^p, a constant factor (Eq. 22): (B,) → (B,)."""
+    """1 / (error + c)^p without graph (Eq. 22): (B,) → (B,)."""
     with torch.no_grad():
         return 1 / (error + c) ** p
 

@@ -4,7 +4,6 @@ The average velocity u(z_t, r, t) over [r, t] satisfies u = v − (t − r) du/d
 right-hand side, where du/dt = v ∂_z u + ∂_t u is a Jacobian-vector product of the network itself, without gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,20 +21,45 @@ TANGENTS = {"(v, 0, 1)": (0.0, 1.0), "(v, 0, 0)": (0.0, 0.0), "(v, 1, 0)": (1.0,
 
 @dataclass(frozen=True)
 class MeanFlow(Objective):
-    """Settings of the objective, by default those of Table 1. Raises ValueError, naming the field."""
+    """Algorithm 1. Settings default to those of Table 1. Raises ValueError, naming the field, for impossible ones."""
 
     kind: Literal["meanflow"] = "meanflow"
     times: Times = field(default_factory=Times)  # how (r, t) are drawn
     p: float = 1.0  # power of the adaptive weight, Eq. (22), ≥ 0: 0 is squared L2, 0.5 near Pseudo-Huber
     c: float = 1e-2  # its constant, > 0: 1e-3 for CIFAR-10, 1e-2 for ImageNet (official releases)
     tangent: str = "(v, 0, 1)"  # (dz, dr, dt) of the derivative, Table 1b
-
     needs_jvp = True
-    titles = {  # noqa: RUF012 - a constant of the class, not a field
-        "error": "squared error ‖u − u_tgt‖², all samples (unweighted)",
-        "error_r_eq_t": "squared error at r = t: ‖u − v‖², Flow Matching",
-        "error_r_lt_t": "squared error at r < t: ‖u − u_tgt‖²",
-    }
+    titles = Objective.titles | {"loss": "training loss (weighted, Eq. 22: flat by design near p = 1)"}
+
+    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        return self.times.sample(n, generator)
+
+    def loss(self, u, x, eps, r, t, *, v=None, jvp=value_and_jvp, progress=0.0, teacher=None, **cond) -> Loss:
+        z = interpolate(x, eps, t)  # (1 − t) x + t ε
+        v = eps - x if v is None else v
+        dr, dt = TANGENTS[self.tangent]
+        u_out, dudt = jvp(u, (z, r, t), (v, dr, dt), rows=r != t, **cond)  # both (B, …); dudt is 0 where r = t
+
+        u_tgt = v - (per_row(t, x) - per_row(r, x)) * dudt  # Eqs. (10), (11): neither v nor dudt has a graph
+        error = squared_norm(u_out - u_tgt)  # Eq. (9), (B,)
+        return Loss(adaptive_weight(error, self.p, self.c) * error, by_rows(error, r, t))
+
+    def plain(self, u, x, eps, r, t, v=None, **cond) -> Tensor:
+        """The specification: Algorithm 1 as printed, one `torch.func.jvp` of the whole batch. Returns (B,)."""
+        r, t = r.to(x), t.to(x)
+        time = t.view(-1, *[1] * (x.ndim - 1))
+        z = (1 - time) * x + time * eps
+        v = eps - x if v is None else v
+        dr, dt = (torch.full_like(t, speed) for speed in TANGENTS[self.tangent])
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
+            u_out, dudt = torch.func.jvp(lambda z, r, t: u(z, r, t, **cond), (z, r, t), (v, dr, dt))
+        u_tgt = (v - (t - r).view_as(time) * dudt).detach()
+        error = ((u_out - u_tgt) ** 2).flatten(1).sum(1)
+        return error / (error.detach() + self.c) ** self.p
+
+    @property
+    def varying_rows(self) -> bool:
+        return self.times.varying_rows
 
     def __post_init__(self):
         if self.p < 0:
@@ -44,50 +68,6 @@ class MeanFlow(Objective):
             raise ValueError(f"c must be > 0, got {self.c}")
         if self.tangent not in TANGENTS:
             raise ValueError(f"tangent must be one of {', '.join(TANGENTS)}, got {self.tangent!r}")
-
-    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        return self.times.sample(n, generator)
-
-    @property
-    def varying_rows(self) -> bool:
-        return self.times.varying_rows
-
-    def loss(
-        self,
-        u: Network,
-        x: Tensor,
-        eps: Tensor,
-        r: Tensor,
-        t: Tensor,
-        *,
-        v: Tensor | None = None,
-        jvp: Callable = value_and_jvp,
-        progress: float = 0.0,
-        teacher: Network | None = None,
-        **cond: Tensor | None,
-    ) -> Loss:
-        """Algorithm 1; see `Objective.loss`. Where r = t it is Flow Matching, which needs no derivative."""
-        z = interpolate(x, eps, t)
-        v = eps - x if v is None else v
-        dr, dt = TANGENTS[self.tangent]
-        u_out, dudt = jvp(u, (z, r, t), (v, dr, dt), rows=r != t, **cond)  # both (B, …); dudt has no graph
-
-        u_tgt = v - per_row(t.to(x) - r.to(x), x) * dudt  # Eqs. (10), (11)
-        error = squared_norm(u_out - u_tgt)  # Eq. (9), (B,)
-        return Loss(adaptive_weight(error, self.p, self.c) * error, by_rows(error, r, t))
-
-    def plain(self, u: Network, x: Tensor, eps: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
-        """The specification: Algorithm 1 as printed, one `torch.func.jvp` of the whole batch. Returns (B,)."""
-        r, t = r.to(x), t.to(x)
-        time = t.view(-1, *[1] * (x.ndim - 1))
-        z = (1 - time) * x + time * eps
-        v = eps - x
-        dr, dt = (torch.full_like(t, speed) for speed in TANGENTS[self.tangent])
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-            u_out, dudt = torch.func.jvp(lambda z, r, t: u(z, r, t, **cond), (z, r, t), (v, dr, dt))
-        u_tgt = (v - (t - r).view_as(time) * dudt).detach()
-        error = ((u_out - u_tgt) ** 2).flatten(1).sum(1)
-        return error / (error.detach() + self.c) ** self.p
 
 
 def meanflow_loss(

@@ -1,11 +1,11 @@
 """What a step trains on, as a function of (seed, step) alone.
 
 Everything random is drawn for the *global* batch and each process takes its rows, so image order, noise and (r, t)
-of every sample are the same on any number of processes and in a resumed run. Only dropout masks belong to
+of every sample are the same on any number of processes and in a resumed run. Only dropout masks depend on
 (step, process, micro-batch).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ class MicroBatch:
     """b samples, those with r ≠ t first.
 
     x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords; unconditional (b,) bool
-    on the CPU: which samples train without a class label, where guidance asks for it; progress: share of training done.
+    on the CPU: which samples train without a class label, if the run has guidance; progress: the fraction of training
+    that is done, in [0, 1).
     """
 
     x: Tensor
@@ -51,15 +52,16 @@ class BatchStream:
         self.micro = min(config.train.microbatch or self.local, self.local)
         self.feed = (LatentFeed if isinstance(dataset, Latents) else ImageFeed)(dataset, config, self.device)
         self.labels = None
+        check_classes(config.model.classes, dataset.class_names)
         if config.model.classes:
-            self.labels = _checked_labels(dataset, config.model.classes).to(self.device)
+            self.labels = dataset.labels.to(self.device)
 
     @property
     def micro_steps(self) -> int:
         return -(-self.local // self.micro)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """This process's share of step `step` (from 0), in `micro_steps` parts; reseeds dropout before each."""
+        """This process's samples of step `step` (from 0), in `micro_steps` parts; seeds dropout before each."""
         seed, batch, model = self.config.seed, self.config.train.batch, self.config.model
         first = self.ctx.rank * self.local
         indices = batch_indices(len(self.feed), seed, step * batch, batch)
@@ -97,13 +99,14 @@ def split_batch(config: RunConfig, world: int) -> int:
     return config.train.batch // world
 
 
-def _checked_labels(dataset: Dataset | Latents, classes: int) -> Tensor:
-    if dataset.labels is None:
-        raise ConfigError(f"model.classes is {classes}, but the images have no class folders; set it to 0")
-    found = len(dataset.class_names)
-    if found != classes:
-        raise ConfigError(f"model.classes is {classes}, but the data has {found} classes; set model.classes={found}")
-    return dataset.labels
+def check_classes(classes: int, found: Sequence[str]) -> None:
+    """Raises ConfigError if the model has `classes` of them and the data others."""
+    if classes and not found:
+        raise ConfigError(f"model.classes is {classes}, but the images have no class folders: set model.classes=0")
+    if classes and len(found) != classes:
+        raise ConfigError(
+            f"model.classes is {classes}, but the data have {len(found)} classes: set model.classes={len(found)}"
+        )
 
 
 class ImageFeed:

@@ -1,8 +1,8 @@
 """Checkpoints: one `.pt` of tensors and a JSON string, and a `.json` beside it with its checksum.
 
 `{"model": {name: tensor}, "ema": {decay: {name: tensor}}, "optimizer": {name: {key: tensor}}, "meta": JSON}`,
-loadable with `torch.load(weights_only=True)` and without this package. A checkpoint is complete when its JSON
-stands beside it: both are written under another name, flushed to disk, and renamed, the JSON last.
+which `torch.load(weights_only=True)` reads without this package. A checkpoint is complete when its JSON is there:
+both files are written under another name, flushed to disk, and renamed, the JSON last.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """In a few words; PyTorch wraps what the disk said in lines of C++."""
+    """The operating system's message if there is one; PyTorch wraps it in lines of C++."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -106,7 +106,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _steps(folder: Path, suffix: str) -> set[int]:
-    """Steps that have a file of this kind; files with other names than ours are not looked at."""
+    """Steps that have a file with this suffix; files not named as ours are ignored."""
     return {int(path.stem) for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{8,}", path.stem)}
 
 
@@ -118,7 +118,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def prune_checkpoints(folder: Path, step: int, keep: int, milestone_every: int | None) -> None:
     """Once `step` is saved: delete all but the newest `keep` and the milestones, and what an interrupted save left.
 
-    Later ones are damaged, or the run would have continued from them: they are set aside as *.damaged.
+    Later ones are damaged, or the run would have continued from them: they are renamed to *.damaged.
     """
     earlier = [int(path.stem) for path in list_checkpoints(folder) if int(path.stem) <= step]
     kept = {s for s in earlier if milestone_every and s % milestone_every == 0} | set(earlier[-keep:])
@@ -134,7 +134,7 @@ def prune_checkpoints(folder: Path, step: int, keep: int, milestone_every: int |
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint of ours; the checksum is compared where the JSON stands beside it.
+    """Read one of our checkpoints; its checksum is compared if its JSON is there.
 
     Never runs code from the file. Raises AssetError naming the file if it is missing, damaged or of another kind.
     """
@@ -174,9 +174,9 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
 
 
 def _refuse_bombs(path: Path) -> None:
-    """PyTorch stores tensors as they are, so a zip must not unpack to more than its size.
+    """PyTorch stores tensors uncompressed, so a zip must not unpack to more than its size.
 
-    And the one thing that its reader of weights alone calls with a size of the file's choosing is bytearray.
+    The one callable that its weights-only reader gives a size chosen by the file is bytearray, so that is refused too.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -193,7 +193,7 @@ def _refuse_bombs(path: Path) -> None:
 
 
 def _check_kinds(checkpoint: Checkpoint) -> None:
-    """Raises TypeError unless all is of the kind that `Checkpoint` says; names and shapes are the reader's to check."""
+    """Raises TypeError unless types are those of `Checkpoint`; names and shapes are checked by who restores it."""
     groups = [checkpoint.model, *_named(checkpoint.ema).values(), *_named(checkpoint.optimizer).values()]
     for group in groups:
         for tensor in _named(group).values():
@@ -231,7 +231,7 @@ def _compare_checksum(path: Path) -> None:
 def load_newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
     """The newest intact checkpoint and a line on each damaged one passed over; None if there are none at all.
 
-    Raises AssetError if there are some and all are damaged: starting anew silently would bury the run.
+    Raises AssetError if there are some and all are damaged: starting anew would overwrite the run.
     """
     complaints: list[str] = []
     for step in sorted(_steps(folder, ".pt") | _steps(folder, ".json"), reverse=True):

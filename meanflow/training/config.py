@@ -1,6 +1,7 @@
-"""A run in one frozen object: what a recipe's YAML spells, checked as a whole."""
+"""The settings of a run: one frozen object from a recipe's YAML, checked as a whole."""
 
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,20 +17,20 @@ from meanflow.objectives import Objective
 from meanflow.training import settings
 from unet import UNetConfig
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRECISIONS = ("fp32", "tf32", "bf16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 EMA_STORES = ("device", "host")
-
 UINT8_RULES = ("round", "floor")
 WEIGHTS = "weights"  # in place of an EMA: the weights as the optimiser left them
 
-# What may differ when a run continues without saying more: how it is run and judged, never what is learnt.
+# May differ when a run continues: how it is computed and evaluated, not what is learnt.
 CHANGEABLE = (
     "description",
     "ema.eval",
     "ema.store",
     "data.root",
-    "data.path",  # the images' fingerprint is compared instead
+    "data.path",  # the images' checksum is compared instead
     "data.images",
     "data.latents",
     "data.decode_precision",
@@ -45,8 +46,7 @@ CHANGEABLE = (
     "sample",
     "eval",
 )
-# What may differ besides, where it is asked for: learning goes on under other settings. Noted in starts.jsonl, and
-# marked in the curves.
+# May differ too where --set asks for it: training goes on under other settings, as starts.jsonl then records.
 CHANGEABLE_ON_REQUEST = (
     "optim.lr",
     "optim.warmup_steps",
@@ -65,12 +65,12 @@ CHANGEABLE_ON_REQUEST = (
 class OptimConfig:
     """Adam with a linear warm-up, then a constant rate (MeanFlow, appendix A)."""
 
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled; 0 in the paper, where this is plain Adam
-    warmup_steps: int = 0  # the rate rises linearly to lr over these
-    clip: float | None = None  # largest norm of the gradient, null for none
+    lr: float  # learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    eps: float = 1e-8  # of Adam
+    weight_decay: float = 0.0  # decoupled, as AdamW has it; 0 in the paper, where this is plain Adam
+    warmup_steps: int = 0  # steps over which the rate rises linearly to lr
+    clip: float | None = None  # largest norm of the gradient; null: not clipped
 
     def __post_init__(self):
         if self.lr <= 0 or self.eps <= 0:
@@ -87,10 +87,10 @@ class OptimConfig:
 class EmaConfig:
     """Exponential moving averages of the weights, side by side."""
 
-    decays: tuple[float, ...] = (0.9999,)  # per step
-    every: int = 1  # applied every so many steps, with decay^every
-    eval: float | None = None  # the one that samples and scores; null: the first
-    store: str = "device"  # device, or host: the computer's memory, where the device's is short (slower)
+    decays: tuple[float, ...] = (0.9999,)  # per step, of each average
+    every: int = 1  # steps between updates, each with decay^every
+    eval: float | None = None  # the average that is sampled and scored; null: the first
+    store: str = "device"  # where they are kept; host: the CPU's memory, slower, where the GPU's is short
 
     def __post_init__(self):
         if not self.decays or not all(0 <= decay < 1 for decay in self.decays):
@@ -102,17 +102,17 @@ class EmaConfig:
         if self.eval is None:
             object.__setattr__(self, "eval", self.decays[0])
         if self.eval not in self.decays:
-            raise ValueError(f"eval must be one of decays {self.decays}, got {self.eval}")
+            raise ValueError(f"eval must be one of the decays, got {self.eval} (decays: {self.decays})")
         if self.store not in EMA_STORES:
             raise ValueError(f"store must be one of {', '.join(EMA_STORES)}, got {self.store!r}")
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What a new run's weights start from (fine-tuning): another run's average, wherever names and shapes agree."""
+    """What a new run's weights start from (fine-tuning): another run's, wherever names and shapes agree."""
 
-    from_: str | None = None  # a run folder or a checkpoint of it; null: freshly initialised
-    ema: float | Literal["weights"] | None = None  # which of its averages; null: the one that its own recipe evaluates
+    from_: str | None = None  # a run folder or a checkpoint; null: random weights
+    ema: float | Literal["weights"] | None = None  # which of its averages, or weights; null: its own ema.eval
 
     def __post_init__(self):
         if self.from_ is None and self.ema is not None:
@@ -121,18 +121,18 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long to train, and how a step is computed."""
+
     batch: int  # images a step, over all processes
-    steps: int
-    microbatch: int | None = None  # images at once on one device (null: all of its share); the rest by accumulation
-    precision: str = "fp32"  # fp32, tf32 (matrix products on tensor cores) or bf16 (autocast of the blocks)
-    jvp: str = "dual"  # how derivatives are taken: dual, or func (any network, more memory); see meanflow/jvp.py
+    steps: int  # optimiser steps in all
+    microbatch: int | None = None  # images at once on one device, gradients accumulated; null: all of the process's
+    precision: str = "fp32"  # tf32: matrix products on tensor cores; bf16: autocast of the blocks
+    jvp: str = "dual"  # how du/dt is computed: dual numbers; func: torch.func.jvp, any network, more memory
     activation_checkpointing: bool = False  # keep only each block's input, compute it again in the backward pass
-    compile: str | None = None  # mode of torch.compile for u and du/dt together, minutes at the start; null: eager
+    compile: str | None = None  # mode of torch.compile for u and du/dt, minutes at the start; null: eager
     deterministic: bool = False  # bit-equal runs on one machine, slower on GPUs
     check_every: int = 500  # steps between checks that weights and EMAs are finite and the same on every process
-    spike_guard: float | None = (
-        None  # leave out updates whose gradient norm is above so many times its mean; null: never
-    )
+    spike_guard: float | None = None  # skip updates whose gradient norm is above this many times its mean; null: none
 
     def __post_init__(self):
         if self.batch < 1 or self.steps < 1:
@@ -144,7 +144,7 @@ class TrainConfig:
         if self.spike_guard is not None and self.spike_guard <= 1:
             raise ValueError(f"spike_guard must be > 1 or null, got {self.spike_guard}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.jvp not in METHODS:
             raise ValueError(f"jvp must be one of {', '.join(METHODS)}, got {self.jvp!r}")
         if self.compile not in (None, *COMPILE_MODES):
@@ -153,21 +153,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1_000  # steps
-    keep: int = 2  # newest ones kept
-    milestone_every: int | None = None  # steps; checkpoints at its multiples are kept for good
+    """When the state is saved, and which files are kept."""
+
+    every: int = 1_000  # steps between checkpoints
+    keep: int = 2  # how many of the newest are kept
+    milestone_every: int | None = None  # steps; checkpoints at its multiples are never deleted; null: none
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError("every and keep must be ≥ 1")
         if self.milestone_every is not None and (self.milestone_every < 1 or self.milestone_every % self.every):
-            raise ValueError(f"milestone_every must be null or a multiple of every = {self.every}")
+            raise ValueError(f"milestone_every must be null or a multiple of every, got {self.milestone_every}")
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    flush_every: int = 50  # steps between reads of the device's metrics; each read waits for the device once
-    tensorboard: bool = False  # events in the run folder too; needs the package tensorboard
+    """metrics.jsonl and what goes with it."""
+
+    flush_every: int = 50  # steps between reads of a GPU's metrics; each waits for the device once
+    tensorboard: bool = False  # write TensorBoard events to the run folder too; needs the package tensorboard
 
     def __post_init__(self):
         if self.flush_every < 1:
@@ -178,34 +182,38 @@ class LoggingConfig:
 class SampleConfig:
     """The grid of samples at the end of a run, and how samples become images."""
 
-    count: int = 100
-    columns: int = 10
-    steps: int = 1  # NFE
-    seed: int = 0
+    count: int = 100  # images
+    columns: int = 10  # of the grid
+    steps: int = 1  # network evaluations a sample (NFE)
+    seed: int = 0  # of the noise
     uint8: str = "round"  # round: 127.5·x + 128 truncated (ImageNet release); floor: ⌊255·(x + 1)/2⌋ (CIFAR-10 release)
 
     def __post_init__(self):
-        if min(self.count, self.columns, self.steps) < 1 or self.seed < 0:
-            raise ValueError("count, columns and steps must be ≥ 1 and seed ≥ 0")
+        if min(self.count, self.columns, self.steps) < 1:
+            raise ValueError("count, columns and steps must be ≥ 1")
+        if self.seed < 0:
+            raise ValueError("seed must be ≥ 0")
         if self.uint8 not in UINT8_RULES:
             raise ValueError(f"uint8 must be one of {', '.join(UINT8_RULES)}, got {self.uint8!r}")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a run is scored: see eval/fid.py."""
+    """How a run is scored, at its end and on the way; see eval/fid.py."""
 
-    extractor: str = "inception-v3-compat"  # then the distance is FID; or another registered name
+    extractor: str = "inception-v3-compat"  # features; with this one the distance is FID (bash run.sh fid --help)
     reference: str | None = None  # statistics or images to compare with; null: the training set, unflipped
-    samples: int = 50_000
-    steps: tuple[int, ...] = (1,)  # NFE, each scored
-    batch: int = 100
-    every: int | None = None  # steps between evaluations during training, null for none
-    every_samples: int = 10_000  # samples of each of those
+    samples: int = 50_000  # at the end of training
+    steps: tuple[int, ...] = (1,)  # network evaluations a sample (NFE), each scored
+    batch: int = 100  # images at once
+    every: int | None = None  # training steps between evaluations; null: only at the end
+    every_samples: int = 10_000  # samples of each evaluation on the way
 
     def __post_init__(self):
-        if self.samples < 2 or self.batch < 1 or self.every_samples < 2:
-            raise ValueError("samples and every_samples must be ≥ 2 and batch ≥ 1")
+        if self.samples < 2 or self.every_samples < 2:
+            raise ValueError("samples and every_samples must be ≥ 2")
+        if self.batch < 1:
+            raise ValueError("batch must be ≥ 1")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be one or more numbers ≥ 1, got {self.steps}")
         if self.every is not None and self.every < 1:
@@ -216,15 +224,15 @@ class EvalConfig:
 class RunConfig:
     """One complete run. Raises ValueError, naming the fields, where its parts contradict each other."""
 
-    description: str
+    description: str  # a line for lists and reports
     model: UNetConfig | DiTConfig
     data: DataConfig | LatentsConfig
     objective: Objective
     optim: OptimConfig
     train: TrainConfig
-    seed: int = 0
+    seed: int = 0  # of the initial weights, batches, noise and times
     init: InitConfig = InitConfig()
-    guidance: GuidanceConfig | None = None  # null: trained without, labels are never dropped
+    guidance: GuidanceConfig | None = None  # null: no guidance, labels are never dropped
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -236,28 +244,29 @@ class RunConfig:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
         if self.train.compile and self.train.activation_checkpointing and self.train.jvp == "dual":
             raise ValueError(
-                "train.activation_checkpointing is lost in a compiled graph: set it to false, or train.compile to null"
+                "train.activation_checkpointing has no effect in a compiled graph: "
+                "set train.activation_checkpointing=false or train.compile=null"
             )
         if self.train.activation_checkpointing and self.train.jvp != "dual":
-            raise ValueError("train.activation_checkpointing: torch.func has no such thing; set train.jvp to dual")
+            raise ValueError("train.activation_checkpointing does not work with torch.func: set train.jvp=dual")
         if self.train.compile and self.train.jvp == "func" and self.objective.varying_rows:
             raise ValueError(
-                "train.compile with train.jvp: func needs the same number of r ≠ t in each step: "
-                "set objective.times.sampler to v0 and objective.times.stratified to true, or train.jvp to dual"
+                "train.compile with train.jvp=func needs the same number of r ≠ t in each step: "
+                "set objective.times.sampler=v0 objective.times.stratified=true, or train.jvp=dual"
             )
         if self.guidance is not None and not self.model.classes:
-            raise ValueError("guidance needs classes: set model.classes, or guidance to null")
+            raise ValueError("guidance needs classes: set model.classes to their number, or guidance=null")
         teacher = self.objective.teacher_decay
         if teacher is not None and (teacher not in self.ema.decays or self.ema.store != "device"):
             raise ValueError(
-                f"ema.decays must have {teacher}, the teacher of objective.kind {self.objective.kind}, "
-                "and ema.store must be device"
+                f"objective.kind={self.objective.kind} learns from the average {teacher}: "
+                f"ema.decays must contain it, and ema.store must be device"
             )
         given = self.data.augment_labels if isinstance(self.data, DataConfig) else 0
         if self.augment_labels != given:
             raise ValueError(
                 f"model.augment_labels is {self.augment_labels}, but data.augment_p and data.flip give {given} labels: "
-                f"set model.augment_labels to {given}"
+                f"set model.augment_labels={given}"
             )
 
     @property
@@ -273,9 +282,12 @@ class RunConfig:
         return self.model.augment_labels if isinstance(self.model, UNetConfig) else 0
 
 
-def load_config(path: Path, overrides: list[str] = ()) -> RunConfig:
-    """The recipe, or the run folder's config.yaml, at `path` with `--set` overrides applied. Raises ConfigError."""
-    return settings.load(RunConfig, path, overrides, upgraded)
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe, or the run folder's config.yaml, at `path` with `--set` overrides applied. Raises ConfigError.
+
+    The `base` of a recipe is one beside it, or one of `recipes/`.
+    """
+    return settings.load(RunConfig, path, overrides, upgraded, RECIPES)
 
 
 def config_from_tree(tree: Any, source: str) -> RunConfig:
@@ -291,24 +303,21 @@ def upgraded(tree: Any) -> Any:
     """
     if not isinstance(tree, dict) or not {"times", "loss"} <= tree.keys():
         return tree
-    times, loss, train, init, guidance = (_group(tree, key) for key in ("times", "loss", "train", "init", "guidance"))
+    if not all(isinstance(tree.get(key), dict) for key in ("times", "loss", "train")):
+        return tree  # `build` says what is wrong with it
+    times, loss, train = dict(tree["times"]), dict(tree["loss"]), dict(tree["train"])
     if "share" in times:
         times["stratified"] = times.pop("share") != "per_sample"
     if "jvp" in loss:
         train["jvp"] = loss.pop("jvp")
-    if guidance:
-        guidance.pop("omega", None)  # (1 − κ) ω′
-        rows = {"official": "r_eq_t_first", "independent": "any"}
-        if "dropped" in guidance:
-            guidance["unconditional_rows"] = rows.get(guidance["dropped"], guidance["dropped"])
-            del guidance["dropped"]
-    objective = {"kind": "meanflow", "times": times, **loss}
-    new = {"objective": objective, "train": train, "init": init, "guidance": guidance or None}
+    new = {"objective": {"kind": "meanflow", "times": times, **loss}, "train": train}
+    if isinstance(tree.get("guidance"), dict):
+        guidance = new["guidance"] = {key: value for key, value in tree["guidance"].items() if key != "omega"}
+        if "dropped" in guidance:  # omega is (1 − κ) ω′
+            rows = {"official": "r_eq_t_first", "independent": "any"}
+            dropped = guidance.pop("dropped")
+            guidance["unconditional_rows"] = rows.get(dropped, dropped) if isinstance(dropped, str) else dropped
     return {key: value for key, value in tree.items() if key not in ("times", "loss")} | new
-
-
-def _group(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    return dict(tree[key]) if isinstance(tree.get(key), dict) else {}
 
 
 def config_to_yaml(config: Any) -> str:
@@ -326,29 +335,30 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
 
     requested: dotted keys that were given by --set; of these, `CHANGEABLE_ON_REQUEST` may differ.
     """
-    differing = {key: pair for key, pair in changes(old, new).items() if not _within(key, CHANGEABLE)}
-    refused = {
-        key: pair for key, pair in differing.items() if key not in requested or not _within(key, CHANGEABLE_ON_REQUEST)
-    }
-    if "ema.decays" in differing and not set(old.ema.decays) <= set(new.ema.decays):
-        refused["ema.decays"] = differing["ema.decays"]  # averages may be added, not lost
+    differing = {key: pair for key, pair in changes(old, new).items() if not settings.within(key, CHANGEABLE)}
+    on_request = {key for key in differing if settings.within(key, CHANGEABLE_ON_REQUEST)}
+    if not set(old.ema.decays) <= set(new.ema.decays):  # averages may be added, not dropped
+        on_request.discard("ema.decays")
+    refused = {key: pair for key, pair in differing.items() if key not in on_request or key not in requested}
     if not refused:
         return
-    listed = "; ".join(f"{key} is {_shown(a)} there, {_shown(b)} now" for key, (a, b) in refused.items())
-    on_request = all(_within(key, CHANGEABLE_ON_REQUEST) for key in refused)
-    ways = (
-        "Repeat its --set, give another --out, or go on under the new settings with "
-        + " ".join(f"--set {key}={_shown(b)}" for key, (_, b) in refused.items())
-        if on_request and "ema.decays" not in refused
-        else f"Repeat its --set, or give another --out; a new run may begin with its weights: --set init.from={where}"
+    where = shlex.quote(where)
+    before, now = (" ".join(_assignment(key, pair[k]) for key, pair in refused.items()) for k in (0, 1))
+    if on_request >= refused.keys():
+        ways = f", or repeat --set {before}. To change it from here on: --set {now}"
+    else:
+        ways = (
+            ". These settings make another run: for a new one give another --out; --set init.from="
+            f"{where} starts it from this one's averaged weights, with init.ema=weights from its last ones"
+        )
+    listed = "; ".join(
+        f"{key} is {settings.shown(a)} there, {settings.shown(b)} now" for key, (a, b) in refused.items()
     )
-    raise ConfigError(f"{where} holds a run with other settings: {listed}. {ways}")
+    raise ConfigError(
+        f"{where} holds a run with other settings: {listed}. To continue it: bash run.sh resume {where}{ways}"
+    )
 
 
-def _within(key: str, allowed: Collection[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in allowed)
-
-
-def _shown(value: Any) -> str:
-    """As it can be typed behind --set."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+def _assignment(key: str, value: Any) -> str:
+    """As it can be pasted behind --set."""
+    return shlex.quote(f"{key}={settings.shown(value)}")

@@ -1,4 +1,4 @@
-"""Numbers that cannot be used, and processes that have drifted apart: found, stopped, left for a replay."""
+"""Numbers that are not finite, and processes whose weights differ: what finds them, and what is kept of the step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +16,21 @@ from meanflow.training.config import RunConfig
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 
-SETTLE = 100  # norms in the running mean of the spike guard; it judges from then on
+SETTLE = 100  # norms in the running mean of the spike guard, which skips nothing before it has so many
 ADVICE = (
-    "Try a smaller optim.lr, a longer optim.warmup_steps, optim.clip=1.0, or train.precision=fp32 in a new run; "
-    "bash run.sh replay {file} makes the step again"
+    "Compute the step again with: bash run.sh replay {file}. Continue with a lower rate or clipping: "
+    "bash run.sh resume {run} --set optim.lr={lr:g} optim.clip=1.0; or start another run with a longer "
+    "optim.warmup_steps or train.precision=fp32"
 )
 
 
 class Guard:
-    """Decides which updates are left out, on the device: no step waits for the host.
+    """Decides on the device which updates are skipped, so that no step waits for the host.
 
     From the first gradient that is not finite on, all are: when the log reads that step, up to logging.flush_every
     steps later, the weights are still those before it. With `factor`, an update whose gradient norm is above
-    `factor` times the running mean is left out as well, and counted; such a norm enters the mean as the limit it
-    broke, so that the guard follows norms that have risen for good.
+    `factor` times the running mean is skipped too, and counted; such a norm enters the mean as that limit, so that
+    the guard follows norms that have risen for good.
     """
 
     def __init__(self, factor: float | None, device: torch.device):
@@ -39,11 +40,11 @@ class Guard:
 
     @property
     def skipped(self) -> Tensor | None:
-        """Updates left out as spikes so far, a device scalar; None without a spike guard."""
+        """Updates skipped as spikes so far, a device scalar; None without a spike guard."""
         return None if self.factor is None else self._skipped
 
     def judge(self, norm: Tensor) -> Tensor:
-        """For the fused optimiser's `found_inf`: 1 if the update of a gradient of this norm is left out, else 0."""
+        """For the fused optimiser's `found_inf`: 1 if the update of a gradient of this norm is skipped, else 0."""
         self.broken = torch.maximum(self.broken, (~torch.isfinite(norm)).float())
         if self.factor is None:
             return self.broken
@@ -63,7 +64,7 @@ class Guard:
 
 
 class NotFinite(NumericsError):
-    """Step `step` (from 1) has no usable numbers; `what` they were, in words."""
+    """Step `step` (from 1) has numbers that are not finite; `what` says which."""
 
     def __init__(self, step: int, what: str):
         super().__init__(f"step {step}: {what}")
@@ -72,10 +73,10 @@ class NotFinite(NumericsError):
 
 @torch.no_grad()
 def check(tensors: dict[str, dict[str, Tensor]], step: int, ctx: DistributedContext) -> None:
-    """Are all of these groups of float32 tensors finite, and the same to the bit on every process?
+    """Check that these groups of float32 tensors are finite, and the same to the bit on every process.
 
     Every process must call it at the same point, with `step` steps done. Waits for the device once. Raises, on all
-    of them, NotFinite for the step that would come next, or NumericsError naming the process that has drifted.
+    of them, NotFinite for the step that would come next, or NumericsError naming the process that differs.
     """
     here, groups = ctx.device, tensors.values()  # averages may live on the host
     finite = [total(group).isfinite().long().to(here) for group in groups]
@@ -96,18 +97,18 @@ def check(tensors: dict[str, dict[str, Tensor]], step: int, ctx: DistributedCont
 def total(group: dict[str, Tensor]) -> Tensor:
     """The sum of all numbers, finite if and only if all of them are: float64 holds any sum of float32.
 
-    A scalar where the tensors are. On a CPU far cheaper than asking each number, or than the largest one.
+    A scalar on the tensors' device. On a CPU far cheaper than `isfinite` of each number, or than their maximum.
     """
     return torch.stack([x.sum(dtype=torch.float64) for x in group.values()]).sum()
 
 
 def checksum(group: dict[str, Tensor]) -> Tensor:
-    """The sum of the tensors' bits as integers: exact, in whatever order it is taken, and changed by any one bit."""
+    """The sum of the tensors' bits as integers: exact in any order, and changed by any one bit."""
     return torch.stack([x.view(torch.int32).sum() for x in group.values()]).sum()
 
 
 def _same(complaint: str, values: list[int], step: int, world: int) -> None:
-    """Raises NumericsError naming the processes whose value is not that of the most (of two, the one of process 0)."""
+    """Raises NumericsError naming the processes whose value is not the most frequent (of two, not process 0's)."""
     usual = max(values, key=lambda value: (values.count(value), value == values[0]))
     odd = [str(rank) for rank, value in enumerate(values) if value != usual]
     if odd:
@@ -121,10 +122,10 @@ def _same(complaint: str, values: list[int], step: int, world: int) -> None:
 def failures_explained(
     run: RunFolder, config: RunConfig, ctx: DistributedContext, snapshot: Callable[[], Checkpoint]
 ) -> Iterator[None]:
-    """Around what may find numbers that cannot be used: adds to the error what is left and what to do.
+    """Adds to a NumericsError raised inside which checkpoint is left and what to do.
 
-    Writes the step for a replay where it has one (NotFinite), from the `snapshot` of the state. Every process must be
-    inside.
+    For a step that is not finite (NotFinite) it also writes what a replay needs, from the `snapshot` of the state.
+    Every process must be inside.
     """
     try:
         yield
@@ -136,8 +137,8 @@ def failures_explained(
             file = run.failures / f"{error.step:08d}.json"
             if ctx.is_main:
                 record_failure(run, config, snapshot(), error, ctx.world)
-            ctx.barrier()  # a process that fails ends the others, and the file is not written yet
-            advice = f". {ADVICE.format(file=file)}"
+            ctx.barrier()  # a process that fails ends the others: not before the file is written
+            advice = f". {ADVICE.format(file=file, run=run.path, lr=config.optim.lr / 2)}"
         raise NumericsError(f"{error}. Stopped; {kept}{advice}") from error
 
 
@@ -158,5 +159,7 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
         "seeds": {purpose: derive_seed(seed, purpose, done) for purpose in purposes},
         "images": batch_indices(before.meta["data"]["images"], seed, done * batch, batch).tolist(),
     }
-    weights = replace(before, ema={}, optimizer={}, meta={**before.meta, "step": done, "failure": failure})
+    teacher = repr(config.objective.teacher_decay)
+    ema = {decay: average for decay, average in before.ema.items() if decay == teacher}
+    weights = replace(before, ema=ema, optimizer={}, meta={**before.meta, "step": done, "failure": failure})
     return save_checkpoint(run.failures, failed.step, weights).with_suffix(".json")

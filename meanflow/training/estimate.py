@@ -1,15 +1,20 @@
-"""`--dry-run`: what a run would need, measured with a probe on this machine rather than guessed."""
+"""`--dry-run`: what a run needs, measured with two steps on this machine, and whether its data are there."""
 
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.data import augment
+from meanflow.data import LatentsConfig, augment, open_latents
+from meanflow.data.archives import open_source
+from meanflow.data.images import arrange
+from meanflow.data.shards import MANIFEST
 from meanflow.guidance import drop_labels
 from meanflow.jvp import rows_first
+from meanflow.logs import duration
 from meanflow.random import generator
-from meanflow.training.batches import MicroBatch, split_batch
+from meanflow.training.batches import MicroBatch, check_classes, split_batch
 from meanflow.training.config import RunConfig
 from meanflow.training.metrics import StepSums
 from meanflow.training.processes import DistributedContext, GradientSum
@@ -21,11 +26,12 @@ FLOAT32_BYTES = 4
 
 
 def estimate(config: RunConfig, ctx: DistributedContext) -> str:
-    """Two probe steps on random images; parameters, memory and images/s of one process, as lines of text.
+    """Two steps on random images; data, parameters, memory and images/s of one process, as lines of text.
 
     Memory of activations is counted (the tensors saved for the backward pass) on a few samples and scaled to the
-    micro-batch. The rate on a CPU is that of the small probe.
+    micro-batch. The rate on a CPU is that of these few samples. Raises UserError for data that cannot be trained on.
     """
+    data = data_line(config)
     configure_numerics(config.train)
     state = fresh_state(config, ctx.device)
     state.network.train()
@@ -50,20 +56,69 @@ def estimate(config: RunConfig, ctx: DistributedContext) -> str:
     fixed = parameters * FLOAT32_BYTES * copies
     activations = saved / probe * micro
     rate = probe / seconds[-1] * ctx.world
-    days = config.train.steps * config.train.batch / rate / 86400
+    whole = config.train.steps * config.train.batch / rate
     where = "CUDA device" if ctx.device.type == "cuda" else "CPU"
-    return "\n".join(
-        [
-            f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
-            f"forward pass      {forward_multiply_adds(config) / 1e9:.3g} G multiply-adds an image (FLOPs, in papers)",
-            f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {ctx.world} process(es)",
-            f"memory (estimate) {(fixed + activations) / 1e9:.1f} GB a process: {fixed / 1e9:.1f} GB weights, "
-            f"gradients, Adam and {len(config.ema.decays)} EMA(s), {activations / 1e9:.1f} GB activations",
-            f"speed (measured)  {rate:.3g} images/s on this {where} with a probe of {probe} images",
-            f"whole run         {config.train.steps:,} steps of {config.train.batch:,} images: "
-            f"about {days:.3g} days at that speed",
-        ]
-    )
+    lines = [
+        f"data              {data}",
+        f"parameters        {parameters:,} ({parameters / 1e6:.2f} M)",
+        f"forward pass      {forward_multiply_adds(config) / 1e9:.3g} G multiply-adds an image (FLOPs, in papers)",
+        f"micro-batch       {micro} images, {-(-local // micro)} a step and process, {ctx.world} process(es)",
+        f"memory (estimate) {_size(fixed + activations)} a process: {_size(fixed)} weights, gradients, Adam and "
+        f"{len(config.ema.decays)} EMA(s), {_size(activations)} activations",
+    ]
+    available = free_memory(ctx.device)
+    if available is not None:
+        short = fixed + activations > available
+        lines.append(
+            f"memory free       {_size(available)} on this {where}"
+            + (": TOO LITTLE; set train.microbatch lower, or train.activation_checkpointing=true" if short else "")
+        )
+    lines += [
+        f"speed (measured)  {rate:.3g} images/s on this {where} with {probe} images at once",
+        f"whole run         {config.train.steps:,} steps of {config.train.batch:,} images: "
+        f"about {duration(whole)} at that speed",
+    ]
+    return "\n".join(lines)
+
+
+def data_line(config: RunConfig) -> str:
+    """What the run would train on, without downloading, preparing or decoding it.
+
+    Raises AssetError for files that are missing or cannot be listed, ConfigError where the classes do not fit.
+    """
+    data, model = config.data, config.model
+    if not isinstance(data, LatentsConfig):
+        if data.path is not None:
+            return _listed(data.path, "data.path", config)
+        downloaded = data.source != "cifar10" or any(Path(data.root).expanduser().glob("cifar-10*"))
+        return data.source if downloaded else f"{data.source}, to be downloaded to {data.root} (170 MB)"
+    folder = Path(data.latents).expanduser()
+    if not (folder / MANIFEST).exists() and (data.source == "digits" or data.images is not None):
+        images = "digits" if data.source == "digits" else _listed(data.images, "data.images", config)
+        return f"{images}, to be encoded into {folder}"
+    latents = open_latents(folder, data, (model.channels, model.image_size, model.image_size))
+    check_classes(model.classes, latents.class_names)
+    return f"{len(latents):,} latents of {len(latents.class_names)} classes in {folder}"
+
+
+def _listed(path: str, setting: str, config: RunConfig) -> str:
+    with open_source(path, setting) as source:
+        layout = arrange(source, config.data.split)
+    check_classes(config.model.classes, layout.classes)
+    return f"{len(layout.images):,} images of {len(layout.classes) or 'no'} classes in {path}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device, or available in the computer's memory; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="ascii").splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def forward_multiply_adds(config: RunConfig) -> int:

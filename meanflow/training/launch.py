@@ -1,7 +1,6 @@
-"""The job in several processes of this machine, one for each GPU, started by torchrun's own agent.
+"""The job in several processes on this machine, one for each GPU, started by torchrun's own agent.
 
-Added are its manners: the exit code is the one that a single process would have ended with, and Ctrl-C leaves time to
-save.
+Unlike under torchrun itself, the exit code is the one a single process would end with, and Ctrl-C leaves time to save.
 """
 
 import logging
@@ -38,11 +37,12 @@ def run_in_processes(count: int, program: list[str]) -> int:
 def launch(count: int, program: list[str], logs: Path) -> int:
     """Run `python PROGRAM…` in `count` processes; the exit code.
 
-    Process 0 speaks. What the others write to stderr goes to `logs` and is shown if they are the ones that failed.
+    Process 0 writes to this one's stderr. That of the others goes to `logs` and is shown if they are what failed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    logging.disable(logging.ERROR)  # the agent's own words on what process 0 says better
+    signal.signal(signal.SIGUSR1, _stop)  # the agent passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT by itself
+    logging.disable(logging.ERROR)  # the agent's own messages on what process 0 explains better
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,7 +51,6 @@ def launch(count: int, program: list[str], logs: Path) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         logs_specs=DefaultLogsSpecs(str(logs), redirects={rank: Std.ERR for rank in range(1, count)}),
     )
     try:
@@ -64,13 +63,17 @@ def launch(count: int, program: list[str], logs: Path) -> int:
     return 0
 
 
+def _stop(number: int, _) -> None:
+    raise SignalException("asked to stop", sigval=signal.Signals(number))
+
+
 def _explain(codes: dict[int, int], logs: Path) -> int:
-    """The code that counts among those of the processes that failed, by rank; shows the words that belong to it."""
+    """The exit code that counts among those of the processes that failed, by rank; prints the messages of these."""
     if codes.get(0) in EXPLAINED - {EXIT_INCOMPLETE}:
         return codes[0]
-    stopped = (EXIT_TERMINATED, -signal.SIGTERM, EXIT_INCOMPLETE)  # by the agent or alone, since another one failed
+    stopped = (EXIT_TERMINATED, -signal.SIGTERM, EXIT_INCOMPLETE)  # because another one failed
     culprits = [rank for rank, code in codes.items() if code not in stopped]
     for rank in culprits:
-        for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):  # none of process 0, whose words were shown
+        for file in logs.glob(f"*/attempt_0/{rank}/stderr.log"):  # none of process 0, whose messages were shown
             print(file.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
     return codes[culprits[0]] if culprits else codes.get(0, next(iter(codes.values())))

@@ -1,6 +1,7 @@
-"""The training loop, top to bottom."""
+"""The training loop."""
 
 from collections.abc import Callable
+from functools import partial
 
 from meanflow.logs import log, progress_bar
 from meanflow.training.checkpoint import prune_checkpoints, save_checkpoint
@@ -23,47 +24,46 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
     `evaluate` is called every `config.eval.every` steps, on every process. Returns 0, or the exit code of the signal
     that stopped it. Raises UserError for what the user can fix.
     """
-    t, config, state, metrics, ctx = training, training.config, training.state, training.metrics, training.ctx
-    total, every = config.train.steps, config.eval.every if evaluate else None
+    config, state, ctx = training.config, training.state, training.ctx
+    metrics, gradients = training.metrics, training.gradients
+    batch, total = config.train.batch, config.train.steps
+    evaluations = config.eval.every if evaluate else None
+    explained = partial(failures_explained, training.run, config, ctx, training.snapshot)
+
     state.network.train()
-    with failures_explained(t.run, config, ctx, t.snapshot):
+    with explained():
         check(state.tensors(), state.step, ctx)
-    if every and state.step and state.step % every == 0:  # stopped before this step's evaluation: it is made now
+    if due(evaluations, state.step):  # the run was stopped after this step, before its evaluation
         evaluate_now(training, evaluate)
 
+    stopping = False
     with (
         StopRequest() as stop,
         progress_bar(total=total, initial=state.step, unit="step", disable=not ctx.is_main) as bar,
     ):
-        stopping = False
         while state.step < total and not stopping:
-            sums = StepSums()
-            accumulate(
-                t.loss, t.stream.micro_batches(state.step), t.stream.micro_steps, config.train.batch, t.gradients, sums
-            )
-            norm = update(state.optimizer, t.gradients.parameters, config.optim, state.step, state.guard)
+            sums, micro_batches = StepSums(), training.stream.micro_batches(state.step)
+            accumulate(training.loss, micro_batches, training.stream.micro_steps, batch, gradients, sums)
+            norm = update(state.optimizer, gradients.parameters, config.optim, state.step, state.guard)
             lr = learning_rate(config.optim, state.step)
             state.step += 1
             state.ema.update(state.step)
-            metrics.record(state.step, config.train.batch, lr, sums, norm, state.guard.skipped, stop.requested)
+            metrics.record(state.step, batch, lr, sums, norm, state.guard.skipped, stop.requested)
             bar.update()
 
-            saving = state.step == total or state.step % config.checkpoint.every == 0
-            evaluating = bool(every) and state.step % every == 0
-            checking = state.step % config.train.check_every == 0
-            asked = stop.requested and ctx.world == 1  # several must agree, as they do when the log is read
-            if metrics.due or saving or evaluating or checking or asked:
-                with failures_explained(t.run, config, ctx, t.snapshot):
-                    stopping = metrics.flush() or asked
-                    if saving or evaluating or checking or stopping:
+            evaluating = due(evaluations, state.step)
+            saving = evaluating or state.step == total or due(config.checkpoint.every, state.step)
+            checking = saving or due(config.train.check_every, state.step)
+            if checking or metrics.due:
+                with explained():
+                    stopping = metrics.flush()
+                    if checking or stopping:
                         check(state.tensors(), state.step, ctx)
                 bar.set_postfix(metrics.summary(), refresh=False)
-            if saving or evaluating or stopping:
+            if saving or stopping:
                 save(training)
             if evaluating and not stopping:
                 evaluate_now(training, evaluate)
-            if saving or evaluating:
-                metrics.pause()
     metrics.close()
     if ctx.any(stopping or stop.requested):
         log.info(f"stopped and saved at step {state.step:,} of {total:,}; the same command continues")
@@ -71,8 +71,13 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
     return 0
 
 
+def due(every: int | None, step: int) -> bool:
+    """Whether what is done every so many steps is done after `step` of them."""
+    return every is not None and step > 0 and step % every == 0
+
+
 def save(training: Training) -> None:
-    """Checkpoint on rank 0; the metrics it vouches for reach the disk first."""
+    """Write a checkpoint on rank 0; the metrics up to it reach the disk first."""
     run, state, keeping = training.run, training.state, training.config.checkpoint
     state.seconds = training.metrics.seconds
     if training.ctx.is_main:
@@ -80,6 +85,7 @@ def save(training: Training) -> None:
         save_checkpoint(run.checkpoints, state.step, training.snapshot())
         prune_checkpoints(run.checkpoints, state.step, keeping.keep, keeping.milestone_every)
     training.ctx.barrier()
+    training.metrics.pause()
 
 
 def evaluate_now(training: Training, evaluate: Evaluate) -> None:

@@ -1,10 +1,11 @@
-"""`metrics.jsonl`: one line a step. The device is read once in many steps, never each step."""
+"""`metrics.jsonl`: one line a step. A GPU is read once in `logging.flush_every` steps, not at each."""
 
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +16,8 @@ from meanflow.errors import write_errors_named
 from meanflow.objectives import Loss
 from meanflow.training.divergence import NotFinite
 from meanflow.training.processes import DistributedContext
-
-RENAMED = {"error_still": "error_r_eq_t", "error_moving": "error_r_lt_t"}  # in files of earlier versions
-BLOCK = 2**20  # bytes of a metrics file read at once
+from meanflow.training.records import BLOCK, parse_line
+from meanflow.training.records import read_metrics as read_metrics
 
 
 class StepSums:
@@ -39,19 +39,29 @@ class StepSums:
             self.counts[name] = self.counts.get(name, 0) + len(values)
 
 
+@dataclass
+class Pending:
+    """A step that is not written yet. same: its gradient norm and skipped updates, equal on all processes."""
+
+    line: dict[str, Any]
+    sums: StepSums
+    same: list[Tensor]
+    stop: bool
+
+
 class MetricsLog:
     """Collects each step's numbers and writes them in order.
 
     Fields of a line: step, images, loss, whatever the objective logs (null where a step has no such rows), grad_norm,
-    lr, images_per_s, seconds (of training, pauses left out), memory_mb (peak). With train.spike_guard also skipped,
-    the updates it left out so far.
+    lr, images_per_s, seconds (of training, without checkpoints and evaluations), memory_mb (peak). With
+    train.spike_guard also skipped, the updates it has skipped so far.
     """
 
     def __init__(self, path: Path, ctx: DistributedContext, flush_every: int, seconds: float, tensorboard: Any = None):
         self.path, self.ctx, self.tensorboard = path, ctx, tensorboard
         self.flush_every = 1 if ctx.device.type == "cpu" else flush_every  # reading a CPU costs nothing
         self.seconds = seconds
-        self.pending: list[tuple[dict[str, Any], list[str], Tensor, list[float]]] = []  # line, names, sums, counts
+        self.pending: list[Pending] = []
         self.last: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
@@ -68,13 +78,14 @@ class MetricsLog:
         """Note step `step` (counted from 1) without waiting for the device. stop: this process was asked to stop."""
         line = {"step": step, "images": step * batch, "lr": lr, "batch": batch}
         line["memory_mb"] = peak_memory_mb(self.ctx.device)
-        same = [x.detach().float() for x in (grad_norm, skipped) if x is not None]  # on every process
-        host = [*sums.counts.values(), float(stop)]
-        self.pending.append((line, list(sums.sums), torch.stack([*same, *sums.sums.values()]), host))
+        self.pending.append(
+            Pending(line, sums, [x.detach().float() for x in (grad_norm, skipped) if x is not None], stop)
+        )
 
     @property
     def due(self) -> bool:
-        return len(self.pending) >= self.flush_every
+        """Whether to flush: after `flush_every` steps, which ranks reach together; a single process also to stop."""
+        return len(self.pending) >= self.flush_every or (self.ctx.world == 1 and any(row.stop for row in self.pending))
 
     def pause(self) -> None:
         """Time until now (a checkpoint, an evaluation) is not training."""
@@ -88,35 +99,39 @@ class MetricsLog:
         """
         if not self.pending:
             return False
-        device = torch.stack([row for _, _, row, _ in self.pending])
-        same = device.shape[1] - len(self.pending[0][1])  # the norm, and with a spike guard its count
-        host = torch.tensor([row for *_, row in self.pending], device=self.ctx.device)
-        equal = device[:, :same].cpu().tolist()
-        sums = self.ctx.all_reduce(torch.cat([device[:, same:], host], 1)).cpu().tolist()
+        same = torch.stack([x for row in self.pending for x in row.same]).tolist()
+        host = [number for row in self.pending for number in (*row.sums.counts.values(), row.stop)]
+        device = torch.stack([x for row in self.pending for x in row.sums.sums.values()])
+        summed = torch.cat([device, torch.tensor(host, dtype=torch.float32, device=self.ctx.device)])
+        summed = self.ctx.all_reduce(summed).tolist()
         self._clock_steps()
-        lines = [
-            _line(line, names, row, *numbers)
-            for (line, names, *_), row, numbers in zip(self.pending, sums, equal, strict=True)
-        ]
-        bad = next((line for line in lines if not _finite(line)), None)
-        if bad:
-            lines = lines[: lines.index(bad)]
+
+        sums, counts, same = iter(summed[: len(device)]), iter(summed[len(device) :]), iter(same)
+        lines, stopping = [], False
+        for row in self.pending:
+            names = list(row.sums.sums)
+            pairs = [(next(sums), next(counts)) for _ in names]
+            means = {name: total / count if count else None for name, (total, count) in zip(names, pairs, strict=True)}
+            stopping |= next(counts) > 0
+            lines.append(_line(row.line, means, *(next(same) for _ in row.same)))
         self.pending.clear()
-        if lines:
-            self.last = lines[-1]
+        bad = next((line for line in lines if not _finite(line)), None)
+        good = lines if bad is None else lines[: lines.index(bad)]
+        if good:
+            self.last = good[-1]
             if self.ctx.is_main:
-                self._write(lines)
-        if bad:
+                self._write(good)
+        if bad is not None:
             raise NotFinite(bad["step"], f"loss {bad['loss']}, gradient norm {bad['grad_norm']}: not finite")
-        return any(row[-1] > 0 for row in sums)
+        return stopping
 
     def _clock_steps(self) -> None:
-        """Share the time since the last reading among the pending steps: only now is the device known to be done."""
+        """Divide the time since the last reading among the pending steps: only now is the device known to be done."""
         now = time.perf_counter()
         elapsed, self.clock = (now - self.clock) / len(self.pending), now
-        for line, *_ in self.pending:
+        for row in self.pending:
             self.seconds += elapsed
-            line |= {"images_per_s": line["batch"] / max(elapsed, 1e-9), "seconds": self.seconds}
+            row.line |= {"images_per_s": row.line["batch"] / max(elapsed, 1e-9), "seconds": self.seconds}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with write_errors_named(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -144,11 +159,8 @@ class MetricsLog:
 
 
 def _line(
-    known: dict[str, Any], names: list[str], sums: list[float], grad_norm: float, skipped: float | None = None
+    known: dict[str, Any], means: dict[str, float | None], grad_norm: float, skipped: float | None = None
 ) -> dict[str, Any]:
-    """sums: of each name, then their counts."""
-    counts = sums[len(names) :]
-    means = {name: total / count if count else None for name, total, count in zip(names, sums, counts, strict=False)}
     return {
         "step": known["step"],
         "images": known["images"],
@@ -180,53 +192,41 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, one after the other; damaged ones and a torn last one are left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while texts := file.readlines(BLOCK):
-            try:
-                lines = json.loads(f"[{','.join(texts)}]")  # a block at once: several times as fast
-            except (ValueError, RecursionError):
-                lines = [_parsed(text) for text in texts]
-            for line in lines:
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    yield {RENAMED.get(key, key): value for key, value in line.items()}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop all lines after `step`: a run that continues from there writes them again. Reads from the end."""
+    """Drop all lines after `step`: a run that continues from there writes them again.
+
+    Reads from the end, so it costs as much as there is to drop. Raises AssetError if the file cannot be changed.
+    """
     if not path.exists():
         return
     with write_errors_named(path), open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = _line_start(file, end)
-            file.seek(start)
-            text = file.read(end - start)
-            line = _parsed(text.decode("utf-8", errors="replace")) if text.endswith(b"\n") else None
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
+        keep = 0
+        for start, text in _backwards(file):
+            number = _step(parse_line(text.decode("utf-8", errors="replace"))) if text.endswith(b"\n") else None
+            if number is not None and number <= step:
+                keep = start + len(text)
                 break
-            end = start
-        file.truncate(end)
+        if keep < file.seek(0, os.SEEK_END):
+            file.truncate(keep)
 
 
-def _line_start(file: BinaryIO, end: int) -> int:
-    """Where the line that ends before byte `end` begins."""
-    stop = end - 1  # its own newline
-    while stop > 0:
-        begin = max(0, stop - BLOCK)
-        file.seek(begin)
-        found = file.read(stop - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        stop = begin
-    return 0
+def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Where each line begins, and the line with its newline, from the last to the first."""
+    start, head = file.seek(0, os.SEEK_END), b""  # head: the beginning of what was read, an incomplete line
+    while start > 0:
+        end, start = start, max(0, start - BLOCK)
+        file.seek(start)
+        first, *lines = (file.read(end - start) + head).splitlines(keepends=True)
+        place = end + len(head)
+        for line in reversed(lines):
+            place -= len(line)
+            yield place, line
+        head = first
+    if head:
+        yield 0, head
+
+
+def _step(line: Any) -> int | None:
+    """The step of a metrics line; None where it is none."""
+    step = line.get("step") if isinstance(line, dict) else None
+    return step if isinstance(step, int) else None

@@ -2,11 +2,14 @@
 
 A file of that release is a `torch.save` dictionary: `model` holds `net.*` and three averages, `net_ema.*`,
 `net_ema1.*`, `net_ema2.*` (0.9999, 0.99995, 0.9996; the published 2.80 is `net_ema1`), and `num_updates`; beside it
-are `optimizer`, `lr_schedule`, `epoch` and `args`, an `argparse.Namespace`. Our U-net's parameters bear the
-release's names; its constant resampling filters are buffers there and checked here.
+are `optimizer`, `lr_schedule`, `epoch` and `args`, an `argparse.Namespace`. Our U-net's parameters have the release's
+names; its constant resampling filters are buffers there and checked here.
+
+How the file was trained is read from its `args`: see `settings_of`.
 """
 
 import argparse
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, ConfigError
 from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint, file_sha256, load_tensors
 from meanflow.training.config import RunConfig, load_config
@@ -25,7 +28,13 @@ from unet.layers import RESAMPLE_TAPS
 WEIGHTS = "net"
 EMAS = {"net_ema": 0.9999, "net_ema1": 0.99995, "net_ema2": 0.9996}
 COUNTER = "num_updates"
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "cifar10.yaml"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPE_OF = {"v0": "cifar10", "v1": "cifar10_v1"}  # by the release's name of its time sampler
+LOOKED_FOR = (
+    *("objective.times.sampler", "objective.times.ratio", "train.steps", "optim.warmup_steps", "optim.lr"),
+    "model.dropout",
+)
+ITERATIONS = 48  # an epoch: 50,000 images in batches of 1,024, the incomplete one dropped
 
 
 def official_names(network: nn.Module) -> tuple[dict[str, str], list[str]]:
@@ -38,8 +47,8 @@ def official_names(network: nn.Module) -> tuple[dict[str, str], list[str]]:
 def read_official(path: Path) -> Checkpoint | None:
     """The checkpoint at `path` in our form if it is the official release's, None if it is something else.
 
-    Only tensors, plain containers and `argparse.Namespace` are unpickled. Raises AssetError if it is official but
-    does not fit the CIFAR-10 U-net name by name and shape by shape.
+    `meta["origin"]` says what its settings are taken from. Only tensors, plain containers and `argparse.Namespace` are
+    unpickled. Raises AssetError if it is official but does not fit the CIFAR-10 U-net name by name and shape by shape.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -49,13 +58,78 @@ def read_official(path: Path) -> Checkpoint | None:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not any(str(key).startswith(f"{WEIGHTS}.") for key in model):
         return None
-    config = load_config(RECIPE)
+    config, origin = config_of(content.get("args"))
     with torch.device("meta"):
         network = UNet(config.model)
     copies = {prefix: _copy_of(model, prefix, network, path) for prefix in (WEIGHTS, *EMAS)}
     _refuse([key for key in model if key.partition(".")[0] not in copies and key != COUNTER], "unknown", path)
     averages = {repr(decay): copies[prefix] for prefix, decay in EMAS.items()}
-    return Checkpoint(copies[WEIGHTS], averages, {}, _meta(content, config, path))
+    meta = _meta(content, config, path)
+    meta["origin"] |= origin
+    return Checkpoint(copies[WEIGHTS], averages, {}, meta)
+
+
+def config_of(args: Any) -> tuple[RunConfig, dict[str, Any]]:
+    """The run that a checkpoint's `args` describe, and where its settings come from.
+
+    What `settings_of` does not find, or finds out of range, is that of our recipe for the same time sampler (`cifar10`
+    for v0 or an unknown one). The second value is {"recipe": its name, "args": {setting: value read}, "assumed": those
+    looked for that are the recipe's}.
+    """
+    found = settings_of(args)
+    recipe = RECIPE_OF[found.get("objective.times.sampler", "v0")]
+    path = RECIPES / f"{recipe}.yaml"
+    read = {key: value for key, value in found.items() if _fits(path, f"{key}={value}")}
+    config = load_config(path, [f"{key}={value}" for key, value in read.items()])
+    return config, {"recipe": recipe, "args": read, "assumed": [key for key in LOOKED_FOR if key not in read]}
+
+
+def _fits(recipe: Path, change: str) -> bool:
+    try:
+        load_config(recipe, [change])
+    except ConfigError:
+        return False
+    return True
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """{setting of ours: value} of what can be told from a release's `args`; {} if that is no Namespace.
+
+    The names of its fields were not known when this was written, so they are recognised by what they must mean, and
+    nothing is taken that could mean two things:
+
+    * the time sampler is the only text that is "v0" or "v1";
+    * `lr` and `dropout`, numbers, are what they say;
+    * `ratio` may be the share of samples with r ≠ t or that with r = t: .75 and .25 are taken, both as 75 % r ≠ t;
+    * the length is the only whole number with "epochs" but not "warmup" in its name, each of 48 iterations;
+    * the warm-up is the only whole number with "warmup" in its name, whose unit the name has too: "epochs", or "iters"
+      or "steps".
+
+    The parameters of the logit-normals are not looked for, nor is the batch, which may be that of one GPU.
+    """
+    values = vars(args) if isinstance(args, argparse.Namespace) else {}
+    words = {name: set(re.findall("[a-z]+", str(name).lower().replace("warm_up", "warmup"))) for name in values}
+    found = {}
+
+    def only(word: str, without: str = "") -> str | None:
+        fitting = [name for name in values if word in words[name] and without not in words[name]]
+        whole = [name for name in fitting if type(values[name]) is int and 0 <= values[name] < 2**40]
+        return whole[0] if len(whole) == 1 else None
+
+    samplers = {value for value in values.values() if isinstance(value, str) and value in RECIPE_OF}
+    if len(samplers) == 1:
+        found["objective.times.sampler"] = samplers.pop()
+    if type(values.get("ratio")) is float and values["ratio"] in (0.25, 0.75):
+        found["objective.times.ratio"] = 0.75
+    if epochs := only("epochs", without="warmup"):
+        found["train.steps"] = values[epochs] * ITERATIONS
+    warmup = only("warmup")
+    if warmup and words[warmup] & {"epochs", "iters", "steps"}:
+        found["optim.warmup_steps"] = values[warmup] * (ITERATIONS if "epochs" in words[warmup] else 1)
+    for name, key in (("lr", "optim.lr"), ("dropout", "model.dropout")):
+        if type(values.get(name)) is float:
+            found[key] = values[name]
+    return found
 
 
 def _copy_of(model: dict[str, Tensor], prefix: str, network: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -89,7 +163,8 @@ def _meta(content: dict[str, Any], config: RunConfig, path: Path) -> dict[str, A
     step = int(content["model"].get(COUNTER, 0))
     tree = settings.to_tree(config)
     tree["description"] = "the official PyTorch release's CIFAR-10 checkpoint"
-    origin = {"file": path.name, "sha256": file_sha256(path), "epoch": content.get("epoch")}
+    epoch = content.get("epoch")
+    origin = {"file": path.name, "sha256": file_sha256(path), "epoch": epoch if isinstance(epoch, int) else None}
     return {
         "format": FORMAT,
         "step": step,

@@ -1,4 +1,4 @@
-"""The distributed context: ranks, what they tell each other, and the averaging of their gradients.
+"""The distributed context: ranks, what they exchange, and the sum of their gradients.
 
 There is no DistributedDataParallel here. Its reducer prepares itself in the wrapper's `forward`, which a JVP of the
 network has to bypass; gradients then stay unsynchronised without any error (PyTorch issues 102197, 182661). Instead
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among its peers. `world` is 1 and nothing is initialised without a launcher."""
+    """This process's rank, the number of processes and the device. Without a launcher `world` is 1."""
 
     rank: int
     world: int
@@ -43,7 +43,7 @@ class DistributedContext:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; every process must ask."""
+        """Whether `flag` is true on any process; every process must call it."""
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
 
     def barrier(self) -> None:
@@ -52,13 +52,18 @@ class DistributedContext:
 
 
 def start_distributed(device: str | None = None) -> DistributedContext:
-    """Join the peers that torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or stand alone.
+    """Connect to the processes that torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), if it did.
 
-    `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises IncompleteError if they cannot be reached.
+    `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises UserError if there is no such device, and
+    IncompleteError if the other processes cannot be reached.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda" and local >= (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"--device cuda needs a GPU for each process, {local + 1} or more on this machine, and PyTorch sees {gpus}"
+        )
     if kind == "cuda":
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
@@ -70,7 +75,7 @@ def start_distributed(device: str | None = None) -> DistributedContext:
 
 
 def _not_connected(error: RuntimeError) -> str:
-    """torchrun keeps one store for all restarts, where processes find the addresses of those that have ended."""
+    """By default torchrun keeps one store for all restarts; processes then find addresses of those that have ended."""
     line = f"this process cannot connect to the others ({str(error).splitlines()[0]}); the same command continues"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         line += "; for torchrun's restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
@@ -84,10 +89,10 @@ def stop_distributed() -> None:
 
 @contextmanager
 def leaving_distributed() -> Iterator[None]:
-    """What is done inside may join other processes (`start_processes`); after it this one leaves them.
+    """Destroys the process group that `start_distributed` made inside.
 
-    After an error it does so at once: NCCL's farewell first waits for all that is queued, with peers that may be
-    waiting for this process, and its message would appear half an hour later (PyTorch pull request 141510).
+    After an error NCCL's is aborted instead: destroying it first waits for all queued work, with ranks that may be
+    waiting for this one, and the error would appear half an hour later (PyTorch pull request 141510).
     """
     try:
         yield
@@ -129,12 +134,12 @@ def assert_same_on_all_ranks(ctx: DistributedContext, value: dict, what: str) ->
             differing = sorted(k for k in {*other, *values[0]} if other.get(k) != values[0].get(k))
             raise UserError(
                 f"process {rank} got other {what} than process 0 ({', '.join(differing)} differ): "
-                "start all of them with one command line"
+                "start all of them with the same command line"
             )
 
 
 def run_on_rank0(ctx: DistributedContext, work: Callable[[], T]) -> T:
-    """Run `work` on process 0 while the others wait; its result, or its UserError, on all of them."""
+    """Run `work` on rank 0 while the others wait; returns its result, or raises its UserError, on all of them."""
     result, error = None, None
     if ctx.is_main:
         try:
@@ -154,9 +159,9 @@ class GradientSum:
     """Sums gradients over processes, in buckets that overlap with the backward pass.
 
     Each parameter's `.grad` is a view into a flat bucket, in the parameter's own memory format. Use, per step:
-    `zero()`, all micro-batches but the last `backward()`, `arm()`, the last `backward()`, `finish()`.
-    With one process it only zeroes gradients: to None, or, if they are to be `kept`, in place. A CUDA graph needs that
-    to add up micro-batches, since what it returned itself is gone when it runs again.
+    `zero()`, `backward()` of all micro-batches but the last, `arm()`, the last `backward()`, `finish()`.
+    With one process it only zeroes gradients: to None, or, if they are to be `kept`, in place. A CUDA graph needs
+    `kept` to accumulate micro-batches, since the memory that it returned itself is overwritten when it runs again.
     """
 
     def __init__(self, network: nn.Module, ctx: DistributedContext, kept: bool = False):

@@ -1,4 +1,4 @@
-"""A run folder describes itself: everything in `eval/` needs only its path."""
+"""A run folder describes itself: the commands of `eval/` need only its path."""
 
 import fcntl
 import json
@@ -10,20 +10,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-import torchvision
+from typing import TYPE_CHECKING, Any
 
 from meanflow.errors import AssetError, write_errors_named
-from meanflow.training.checkpoint import Checkpoint, load_checkpoint, load_newest
-from meanflow.training.config import (
-    RunConfig,
-    changes,
-    config_to_yaml,
-    load_config,
-    refuse_changed_run,
-)
+from meanflow.logs import log
+
+if TYPE_CHECKING:  # these import PyTorch: seconds that plots and reports of a run do not need
+    from meanflow.training.checkpoint import Checkpoint
+    from meanflow.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class RunFolder:
     curves = property(lambda self: self.path / "curves.png")
 
     def lock(self) -> Any:
-        """Hold the folder for this process until the returned file is closed or the process ends, however it ends.
+        """Lock the folder until the returned file is closed or this process ends, however it ends.
 
         Raises AssetError if another process trains in it, or it cannot be written.
         """
@@ -57,13 +51,17 @@ class RunFolder:
         except BlockingIOError as error:
             file.close()
             raise AssetError(f"{self.path}: another process is training here; wait for it or stop it") from error
+        except OSError as error:  # some network file systems
+            log.warning(f"{self.path}: cannot be locked ({error.strerror}): start no second run in it at the same time")
         return file
 
-    def check(self, config: RunConfig, requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-        """What `config` changes since the last start, {dotted key: (old, new)}; nothing is written.
+    def check(self, config: "RunConfig", requested: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+        """What `config` changes since the last start, {dotted key: (old, new)}. Nothing is written.
 
         requested: keys given by --set. Raises ConfigError if it would be another run.
         """
+        from meanflow.training.config import changes, load_config, refuse_changed_run
+
         if not self.config_file.exists():
             return {}
         old = load_config(self.config_file)
@@ -71,7 +69,9 @@ class RunFolder:
             refuse_changed_run(old, config, str(self.path), requested)
         return changes(old, config)
 
-    def write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: "RunConfig") -> None:
+        from meanflow.training.config import config_to_yaml
+
         temporary = self.config_file.with_suffix(".tmp")
         with write_errors_named(self.config_file):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,14 @@ class RunFolder:
             os.replace(temporary, self.config_file)
 
     def note_start(self, **facts: Any) -> None:
-        with write_errors_named(self.starts_file), open(self.starts_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts}) + "\n")
+        """Append a line to starts.jsonl: the time, the environment and `facts`."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **facts})
+        with write_errors_named(self.starts_file), open(self.starts_file, "ab+") as file:
+            if end := file.tell():  # a line that a full disk or a power cut has torn is replaced
+                file.seek(0)
+                whole = file.read().rpartition(b"\n")
+                file.truncate(end - len(whole[2]))
+            file.write(line.encode() + b"\n")
 
 
 def starts(run: RunFolder) -> list[dict[str, Any]]:
@@ -109,11 +115,13 @@ def _are_changes(changed: Any) -> bool:
     return isinstance(changed, dict) and all(isinstance(p, list) and len(p) == 2 for p in changed.values())
 
 
-def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
+def find_checkpoint(what: Path) -> tuple[Path, "Checkpoint", list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 
     Raises AssetError if there is none or it is damaged.
     """
+    from meanflow.training.checkpoint import load_checkpoint, load_newest
+
     if not what.is_dir():
         return what, load_checkpoint(what), []
     newest = load_newest(RunFolder(what).checkpoints)
@@ -124,6 +132,9 @@ def find_checkpoint(what: Path) -> tuple[Path, Checkpoint, list[str]]:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for records."""
+    import torch
+    import torchvision
+
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -137,7 +148,7 @@ def environment() -> dict[str, Any]:
 
 @lru_cache
 def _commit() -> str | None:
-    """The commit of this code, with + where files differ from it; None outside a git checkout."""
+    """The commit of this code, followed by + if tracked files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:

@@ -6,8 +6,9 @@ that the rest is merged over. Values from files and from `--set key.path=value` 
 
 import difflib
 import math
+import shlex
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,8 +19,14 @@ from meanflow.errors import ConfigError
 
 MAX_BYTES = 2**20  # of a recipe; parsing takes about a second for each 100 kB
 MAX_WHOLE = 2**63
-SYNONYMS = {  # what other projects, or earlier versions, call it: what it is here
-    **{"times": "objective.times", "loss": "objective (and train.jvp)", "share": "objective.times.stratified"},
+RENAMED = {  # what an earlier version called it: what it is now; the first that fits counts
+    "times.share": "objective.times.stratified",
+    "times": "objective.times",
+    "loss.jvp": "train.jvp",
+    "loss": "objective",
+    "guidance.dropped": "guidance.unconditional_rows",
+}
+SYNONYMS = {  # what other projects call it: what it is here
     **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
     **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_steps"), "optim.warmup_steps"),
     **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm", "gradient_clip"), "optim.clip"),
@@ -55,31 +62,49 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(kind: type, path: Path, overrides: list[str] = (), upgrade: Callable[[dict], dict] = lambda tree: tree) -> Any:
+def load(
+    kind: type,
+    path: Path,
+    overrides: Sequence[str] = (),
+    upgrade: Callable[[dict], dict] = lambda tree: tree,
+    library: Path | None = None,
+) -> Any:
     """The dataclass `kind` from the file at `path`, with `--set` overrides applied. Raises ConfigError.
 
-    upgrade: brings the tree of an earlier version into today's layout.
+    upgrade: brings the tree of an earlier version into today's layout. library: a folder where a `base` is looked for
+    that is not beside the file.
     """
-    tree = apply_overrides(upgrade(read_with_base(path)), list(overrides))
-    source = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
+    tree = apply_overrides(read_with_base(path, upgrade, library), overrides)
+    source = f"{path} with --set {shlex.join(overrides)}" if overrides else str(path)
     return build(kind, tree, "", source)
 
 
-def read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping at `path` merged over that of the file beside it which its `base` names, and so on."""
-    tree = read_yaml(path)
+def read_with_base(
+    path: Path,
+    upgrade: Callable[[dict], dict] = lambda tree: tree,
+    library: Path | None = None,
+    above: tuple[Path, ...] = (),
+) -> dict[str, Any]:
+    """The mapping at `path` merged over that of the file which its `base` names, and so on; see `load`.
+
+    above: the files on the way here. Raises ConfigError if a base is missing, or leads back to one of these.
+    """
+    tree = upgrade(read_yaml(path))
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str) or Path(base).name != base:
-        raise ConfigError(f"{path}: base must be the name of a recipe in the same folder, got {base!r}")
-    below = path.with_name(f"{base.removesuffix('.yaml')}.yaml")
-    if below in (path, *above):
-        raise ConfigError(f"{path}: base {base} leads back to itself")
-    if not below.exists():
-        known = [file.stem for file in path.parent.glob("*.yaml")]
-        raise ConfigError(f"{path}: there is no recipe {below} to be its base{nearest(base, known)}")
-    return merge(read_with_base(below, (path, *above)), tree)
+    if not isinstance(base, str) or not base or Path(base).name != base:
+        raise ConfigError(f"{path}: base must be the name of a recipe, got {base!r}")
+    above = (*above, path.resolve())
+    folders = [path.parent] if library is None else [path.parent, library]
+    found = [file for folder in folders if (file := folder / f"{base.removesuffix('.yaml')}.yaml").exists()]
+    if not found:
+        known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+        raise ConfigError(f"{path}: its base {base} is no recipe in {folders[-1]}{nearest(base, known)}")
+    below = next((file for file in found if file.resolve() not in above), None)
+    if below is None:
+        raise ConfigError(f"{path}: its base {base} leads back to itself")
+    return merge(read_with_base(below, upgrade, library, above), tree)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +142,7 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {reason}{f' (line {mark.line + 1})' if mark else ''}") from error
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `tree` with each `key.path=value` set; whether it is a setting is for `build` to say.
 
     Raises ConfigError for what is no assignment, or assigns a group.
@@ -126,7 +151,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
-            raise ConfigError(f"--set {override}: expected key.path=value")
+            raise ConfigError(f"--set {override}: expected key.path=value, such as train.steps=1000")
         *parents, last = path.strip().split(".")
         branch = tree
         for key in parents:
@@ -146,12 +171,48 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """What may have been meant, for the end of an error: by meaning first (SYNONYMS), then by spelling."""
-    if key in SYNONYMS:
-        return f"; did you mean {SYNONYMS[key]}?"
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {match[0]}?" if match else f"; known here: {', '.join(known)}" if known else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by `name`, for the end of an error: near ones by spelling, or else all."""
+    known = list(known)
+    if matches := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
+        return f"; did you mean {' or '.join(matches)}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def unknown(path: str, kind: type, where: str) -> str:
+    """What may have been meant by the dotted `path`, which the dataclass `kind` at `where` lacks, for an error."""
+    for old, new in RENAMED.items():
+        if path == old or path.startswith(f"{old}."):
+            return f"; it is called {new}{path[len(old) :]} now"
+    last, (key, dot, rest) = path.rpartition(".")[2], path[len(where) :].partition(".")
+    siblings, inside = [key_of(field) for field in fields(kind)], list(leaves(kind, where))
+    if last in SYNONYMS:
+        return f"; did you mean {SYNONYMS[last]}?"
+    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
+        return f"; did you mean {where}{near[0]}{dot}{rest}?"
+    names = {setting.rpartition(".")[2] for setting in inside}
+    if near := difflib.get_close_matches(last, names, n=1, cutoff=0.75):
+        return f"; did you mean {' or '.join(s for s in inside if s.rpartition('.')[2] == near[0])}?"
+    return f"; known here: {', '.join(siblings)}"
+
+
+def leaves(kind: type, where: str = "") -> dict[str, tuple[type, Field]]:
+    """{dotted key: (dataclass, field)} of every setting of a dataclass, of all kinds that a group may be."""
+    found: dict[str, tuple[type, Field]] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        path, groups = f"{where}{key_of(field)}", groups_of(hints[field.name])
+        inner = [leaves(group, f"{path}.") for group in groups] or [{path: (kind, field)}]
+        for settings in inner:
+            found |= {key: value for key, value in settings.items() if key not in found}
+    return found
+
+
+def groups_of(hint: Any) -> list[type]:
+    """The dataclasses that a field of this type may hold."""
+    if not is_dataclass(hint) and hasattr(hint, "kinds"):
+        return list(hint.kinds().values())
+    return [arg for arg in get_args(hint) or (hint,) if is_dataclass(arg)]
 
 
 def build(kind: Any, value: Any, path: str, source: str) -> Any:
@@ -198,8 +259,8 @@ def _kind_name(named: dict[str, type], value: Any, path: str, source: str) -> st
     if "kind" not in value:
         raise ConfigError(f"{source}: {path}.kind is missing: {' or '.join(named)}")
     if not isinstance(value["kind"], str) or value["kind"] not in named:
-        hint = nearest(str(value["kind"]), list(named))
-        raise ConfigError(f"{source}: {path}.kind {value['kind']!r} is not known{hint}")
+        shown = _shown(value["kind"], str)
+        raise ConfigError(f"{source}: {path}.kind {shown} is not known{nearest(shown, named)}")
     return value["kind"]
 
 
@@ -208,17 +269,18 @@ def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(path or "the file", source, "a group of settings", value)
     hints = get_type_hints(kind)
-    known = [_key(field) for field in fields(kind)]
+    known = [key_of(field) for field in fields(kind)]
     for key in value:
         if key not in known:
-            raise ConfigError(f"{source}: {where}{key} is not a setting{nearest(str(key), known)}")
-    required = [_key(f) for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+            setting = _first_setting(f"{where}{_shown(key, str)}", value[key])
+            raise ConfigError(f"{source}: {setting} is not a setting{unknown(setting, kind, where)}")
+    required = [key_of(f) for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in value]:
         raise ConfigError(f"{source}: {where}{missing[0]} is missing")
     built = {
-        field.name: build(hints[field.name], value[_key(field)], f"{where}{_key(field)}", source)
+        field.name: build(hints[field.name], value[key_of(field)], f"{where}{key_of(field)}", source)
         for field in fields(kind)
-        if _key(field) in value
+        if key_of(field) in value
     }
     try:
         return kind(**built)
@@ -226,7 +288,7 @@ def _build_dataclass(kind: type, value: Any, path: str, source: str) -> Any:
         raise ConfigError(f"{source}: {where}{error}") from error
 
 
-def _key(field: Field) -> str:
+def key_of(field: Field) -> str:
     """A field's name in YAML; `from_` is spelt `from`, which Python keeps for itself."""
     return field.name.removesuffix("_")
 
@@ -237,7 +299,8 @@ def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
         value = _number(value)
     if kind is int and isinstance(value, str | float):
         number = _number(value)
-        value = int(number) if isinstance(number, float) and number.is_integer() else value
+        if isinstance(number, float) and number.is_integer():
+            value = int(value) if isinstance(value, str) and value.strip("+-").isdecimal() else int(number)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise _wrong(path, source, names[kind], value)
     if kind is int and abs(value) >= MAX_WHOLE:
@@ -252,19 +315,30 @@ def _number(value: Any) -> Any:
         return value
 
 
+def _first_setting(path: str, value: Any) -> str:
+    """The dotted key of the first setting inside the unknown group `path`, which says best what was meant."""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        path = f"{path}.{_shown(key, str)}"
+    return path
+
+
 def _wrong(path: str, source: str, expected: str, value: Any) -> ConfigError:
+    return ConfigError(f"{source}: {path} must be {expected}, got {_shown(value)}")
+
+
+def _shown(value: Any, form: Callable[[Any], str] = repr) -> str:
     try:
-        shown = repr(value)
+        shown = form(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
-        shown = f"a {type(value).__name__} too long to show"
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ConfigError(f"{source}: {path} must be {expected}, got {shown}")
+        return f"a {type(value).__name__} too long to show"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def to_tree(config: Any) -> Any:
     """The plain dicts and lists of a dataclass, ready for YAML or JSON."""
     if is_dataclass(config):
-        return {_key(field): to_tree(getattr(config, field.name)) for field in fields(config)}
+        return {key_of(field): to_tree(getattr(config, field.name)) for field in fields(config)}
     return [to_tree(item) for item in config] if isinstance(config, tuple) else config
 
 
@@ -276,3 +350,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for name, branch in tree.items():
         flat |= flatten(branch, f"{prefix}.{name}".lstrip("."))
     return flat
+
+
+def within(key: str, groups: Collection[str]) -> bool:
+    """Whether the dotted `key` is one of `groups`, or in one of them."""
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def shown(value: Any) -> str:
+    """A plain value or list as YAML on one line, as it can be given to --set."""
+    return yaml.safe_dump(to_tree(value), default_flow_style=True, allow_unicode=True, width=10**6).partition("\n")[0]

@@ -1,7 +1,8 @@
-"""What the loop is handed: opened data, a new or resumed state, the loss, the log."""
+"""What training works on: opened data, a new or resumed state, the loss, the metrics log."""
 
 import hashlib
 import importlib.util
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from meanflow.training.checkpoint import Checkpoint, load_newest
 from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.metrics import MetricsLog, rewind_metrics
 from meanflow.training.processes import DistributedContext, GradientSum
-from meanflow.training.run_folder import RunFolder
+from meanflow.training.run_folder import RunFolder, starts
 from meanflow.training.state import TrainState, fresh_state, initialise, restore, to_checkpoint
 from meanflow.training.step import LossFunction, configure_numerics, make_loss
 
@@ -33,41 +34,44 @@ class Training:
     loss: LossFunction
     gradients: GradientSum
     metrics: MetricsLog
-    data: dict[str, Any]  # what the images are; see `describe`
+    data: dict[str, Any]  # see `describe`
 
     def snapshot(self) -> Checkpoint:
         return to_checkpoint(self.state, self.config, self.data)
 
 
 def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested: Collection[str] = ()) -> Training:
-    """Open the data and continue from the newest intact checkpoint, or begin anew. Writes no file of the run but
-    the metrics beyond that checkpoint, which it cuts off.
+    """Open the data and continue from the newest intact checkpoint, or begin anew.
 
-    requested: keys given by --set. Raises UserError where the data are not to be had or belong to another run.
+    requested: keys given by --set. Raises UserError where the data cannot be read or belong to another run. Files of
+    the run are changed only once all of this is known to work: metrics after the checkpoint are cut off.
     """
     configure_numerics(config.train)
     dataset = open_data(config, ctx)
     data = describe(dataset)
-    state = fresh_state(config, ctx.device)
-    if not resume(state, config, run, data, requested) and config.init.from_ is not None:
-        initialised = initialise(state, config.init)
-        log.info(initialised.summary())
-        if ctx.is_main:
-            initialised.write(run.path / "init.json")
     stream = BatchStream(dataset, config, ctx)
+    state = fresh_state(config, ctx.device)
+    resumed = resume(state, config, run, data, requested)
+    initialised = None if resumed or config.init.from_ is None else initialise(state, config.init)
     loss = make_loss(state.network, config, ctx.device, state.ema)
     kept = config.train.compile is not None and stream.micro_steps > 1
     gradients = GradientSum(state.network, ctx, kept)
-    writer = None
+    writer = tensorboard_writer(run.path, state.step) if ctx.is_main and config.logging.tensorboard else None
+    if initialised is not None:
+        log.info(initialised.summary())
+        if ctx.is_main:
+            initialised.write(run.path / "init.json")
     if ctx.is_main:
-        writer = tensorboard_writer(run.path, state.step) if config.logging.tensorboard else None
         rewind_metrics(run.metrics_file, state.step)
     metrics = MetricsLog(run.metrics_file, ctx, config.logging.flush_every, state.seconds, writer)
     return Training(config, run, ctx, state, stream, loss, gradients, metrics, data)
 
 
 def open_data(config: RunConfig, ctx: DistributedContext) -> Dataset | Latents:
-    """Rank 0 downloads what is missing before the others look; latents are prepared by all of them."""
+    """Rank 0 downloads what is missing before the others look; latents are prepared by all ranks.
+
+    Raises UserError where the data cannot be read or do not fit the model.
+    """
     if isinstance(config.data, LatentsConfig):
         shape = (config.model.channels, config.model.image_size, config.model.image_size)
         prepare(config.data, ctx.rank, ctx.world, ctx.device, shape=shape, classes=config.model.classes)
@@ -82,7 +86,7 @@ def open_data(config: RunConfig, ctx: DistributedContext) -> Dataset | Latents:
 
 
 def describe(dataset: Dataset | Latents) -> dict[str, Any]:
-    """What the images are, to recognise them again: their number and the SHA-256 of their pixels or latents."""
+    """Number, classes and SHA-256 (of the pixels or latents) of the images, to recognise them again."""
     if isinstance(dataset, Latents):
         digest = dataset.sha256
     else:
@@ -103,21 +107,28 @@ def resume(
     path, checkpoint, complaints = newest
     for complaint in complaints:
         log.warning(f"{complaint}; using the one before")
-    refuse_changed_run(config_from_tree(checkpoint.meta["config"], str(path)), config, str(run.path), requested)
+    # Settings changed by an earlier start that saved no checkpoint since count as requested too.
+    noted = {key for start in starts(run) for key in start.get("changed", {})}
+    old = config_from_tree(checkpoint.meta["config"], str(path))
+    refuse_changed_run(old, config, str(run.path), noted.union(requested))
     if checkpoint.meta["data"]["sha256"] != data["sha256"]:
         raise ConfigError(
-            f"{run.path}: was trained on other images ({checkpoint.meta['data']['images']:,}, now {data['images']:,}); "
-            "give the same data.path again, or another --out"
+            f"{run.path}: was trained on other images ({checkpoint.meta['data']['images']:,}, now {data['images']:,}): "
+            "give the same data.path again, or another --out; --set init.from="
+            f"{shlex.quote(str(run.path))} starts a new run there from these weights"
         )
     restore(state, checkpoint, str(path))
     log.info(f"continuing from step {state.step:,} ({path})")
     if state.step > config.train.steps:
-        log.warning(f"train.steps is {config.train.steps:,} and {state.step:,} are done: nothing is left to train")
+        log.warning(
+            f"train.steps is {config.train.steps:,}, fewer than the {state.step:,} that are done: nothing is left to "
+            f"train; it is evaluated as it is (bash run.sh fid {run.path}/checkpoints/… scores an earlier checkpoint)"
+        )
     return True
 
 
 def tensorboard_writer(folder: Path, step: int) -> Any:
-    """Events that go on after `step`. Raises ConfigError if the optional package is not installed."""
+    """TensorBoard events, continued after `step`. Raises ConfigError if the optional package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard is true, but the package is missing: pip install tensorboard")
     from torch.utils.tensorboard import SummaryWriter

@@ -10,13 +10,13 @@ from types import FrameType
 from meanflow.errors import EXIT_INTERRUPTED
 
 EXIT_TERMINATED = 143
-SECOND_AFTER_S = 1.0  # torchrun passes Ctrl-C on to processes that have had it from the terminal already
+SECOND_AFTER_S = 1.0  # within it a second Ctrl-C is torchrun's copy of the one from the terminal
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
 
 
 @contextmanager
 def warned_by_usr1() -> Iterator[None]:
-    """Slurm's warning ends a process with the code of SIGTERM also where there is nothing to save."""
+    """Inside, SIGUSR1 (Slurm's warning) ends the process with the code of SIGTERM: there is nothing to save yet."""
     previous = signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(EXIT_TERMINATED))
     try:
         yield

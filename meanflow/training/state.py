@@ -1,4 +1,4 @@
-"""What a run is at a step: weights, averages, optimiser; how it begins, and how it goes to disk and back."""
+"""The state of a run: weights, averages, optimiser; how it is initialised, saved and restored."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from meanflow.errors import AssetError, ConfigError, write_errors_named
 from meanflow.random import derive_seed
 from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
-from meanflow.training.config import EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
+from meanflow.training.config import WEIGHTS, EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
 from meanflow.training.divergence import Guard
 from meanflow.training.run_folder import environment, find_checkpoint
 from unet import UNet
@@ -23,7 +23,7 @@ NAMES_SHOWN = 4
 
 @dataclass
 class TrainState:
-    """`step` optimiser steps are done. Every random number is a function of (seed, step), so this is all there is."""
+    """After `step` optimiser steps. Random numbers are functions of (seed, step), so this is the whole state."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -80,9 +80,9 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 
 class Ema:
-    """`averages[decay][name]` follows each parameter of `network`, in float32, from its initial value.
+    """`averages[decay][name]`: the moving average of each parameter of `network`, in float32, from its initial value.
 
-    They live on the parameters' device or, with `config.store` "host", in the computer's memory.
+    They are on the parameters' device or, with `config.store` "host", in the CPU's memory.
 
     Every `config.every` steps each average moves by 1 − decay^every towards the weights (the official CIFAR-10
     release: every 16 steps; the ImageNet one: every step). No ramp.
@@ -112,7 +112,7 @@ class Ema:
         return weight.cpu() if self.config.store == "host" else weight
 
 
-# --- to disk and back ------------------------------------------------------------------------------------------------
+# --- saved and restored ----------------------------------------------------------------------------------------------
 
 
 def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) -> Checkpoint:
@@ -135,7 +135,7 @@ def to_checkpoint(state: TrainState, config: RunConfig, data: dict[str, Any]) ->
 
 @torch.no_grad()
 def restore(state: TrainState, checkpoint: Checkpoint, where: str) -> None:
-    """Fill `state` in place, strictly. An average that the checkpoint lacks starts from the weights as they are then.
+    """Fill `state` in place, strictly. An average that the checkpoint lacks starts from its weights.
 
     Raises AssetError naming what does not fit.
     """
@@ -180,7 +180,7 @@ def copy_strictly(into: dict[str, Tensor], source: dict[str, Tensor], what: str)
 
 @dataclass(frozen=True)
 class Initialised:
-    """What a fine-tuning run took from another one. `reshaped`: in both, of another shape, so not taken."""
+    """What a fine-tuning run took from another one. `reshaped`: in both, but of another shape, so not taken."""
 
     source: str
     step: int
@@ -192,7 +192,7 @@ class Initialised:
 
     def summary(self) -> str:
         total = len(self.taken) + len(self.fresh) + len(self.reshaped)
-        which = self.weights if self.weights == "weights" else f"EMA {self.weights}"
+        which = self.weights if self.weights == WEIGHTS else f"EMA {self.weights}"
         parts = [f"init.from {self.source} (step {self.step:,}, {which}): took {len(self.taken)} of {total} tensors"]
         for names, what in (
             (self.fresh, "not there, so fresh"),
@@ -216,18 +216,19 @@ def initialise(state: TrainState, config: InitConfig) -> Initialised:
     Raises AssetError if the checkpoint cannot be read, and ConfigError if it lacks the average asked for or fits so
     little that the network must be another one: less than half of the parameters.
     """
-    path, checkpoint, _ = find_checkpoint(Path(config.from_))
-    which = config.ema or repr(config_from_tree(checkpoint.meta["config"], str(path)).ema.eval)
-    if which != "weights" and which not in checkpoint.ema:
-        kept = ", ".join([*checkpoint.ema, "weights"])
-        raise ConfigError(f"init.ema: {path} keeps no average {which}, only {kept}")
-    there = checkpoint.model if which == "weights" else checkpoint.ema[which]
+    path, checkpoint, _ = find_checkpoint(Path(config.from_).expanduser())
+    ema = config_from_tree(checkpoint.meta["config"], str(path)).ema.eval if config.ema is None else config.ema
+    which = WEIGHTS if ema == WEIGHTS else repr(ema)
+    if which != WEIGHTS and which not in checkpoint.ema:
+        kept = ", ".join([*checkpoint.ema, WEIGHTS])
+        raise ConfigError(f"init.ema: {path} keeps no average {which}, but {kept}")
+    there = checkpoint.model if which == WEIGHTS else checkpoint.ema[which]
     here = dict(state.network.named_parameters())
     common = [name for name in here if name in there]
     taken = [name for name in common if here[name].shape == there[name].shape]
-    share = sum(here[name].numel() for name in taken) / sum(p.numel() for p in here.values())
-    if share < 0.5:
-        raise ConfigError(f"init.from: {path} holds another network: {share:.0%} of this one's parameters fit by name")
+    fraction = sum(here[name].numel() for name in taken) / sum(p.numel() for p in here.values())
+    if fraction < 0.5:
+        raise ConfigError(f"init.from: {path} holds another network: only {fraction:.0%} of the parameters fit by name")
     for name in taken:
         here[name].copy_(there[name])
     state.ema.restart()

@@ -1,4 +1,4 @@
-"""One optimiser step: the objective over the micro-batches, one sum of gradients, one guarded update."""
+"""One optimiser step: the loss of each micro-batch, the sum of gradients, the update."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ LossFunction = Callable[[MicroBatch], Loss]
 
 
 def configure_numerics(config: TrainConfig) -> None:
-    """Precision and determinism are process-wide switches in PyTorch; this is the one place that sets them."""
+    """Set PyTorch's process-wide switches of precision and determinism; nothing else does."""
     tf32 = config.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
@@ -59,8 +59,8 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
 def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
     """u(z, r, t, **cond), its blocks under bf16 autocast or checkpointed if the recipe says so.
 
-    Bf16 is for the blocks, where the work is. Times, labels, the first and the last layer stay float32: rounded to
-    bf16, times near 1 would differ by 1/256 at least, and u and du/dt would carry more error than all blocks give them.
+    Only the blocks run in bf16. Times, labels, the first and the last layer stay float32: rounded to bf16, times near
+    1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
     run_block = checkpointed if config.activation_checkpointing else nn.Module.__call__
     bf16 = config.precision == "bf16"
@@ -87,7 +87,7 @@ def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
 
 
 def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig) -> Tensor:
-    """The guided velocity of a micro-batch. Two passes as one fill a GPU better; a CPU is full with one."""
+    """The guided velocity of a micro-batch. One pass of twice the batch uses a GPU better; a CPU gains nothing."""
     z, v = interpolate(batch.x, batch.eps, batch.t), batch.eps - batch.x
     batched, null_class = z.device.type != "cpu", config.model.classes
     network.eval()
@@ -106,7 +106,7 @@ def accumulate(
             gradients.arm()
         out = loss(micro)
         total = out.per_sample.sum() / batch
-        total.backward(1 + 0 * total.detach())  # a loss that is not finite spoils the gradient of every process
+        total.backward(1 + 0 * total.detach())  # a loss that is not finite makes the gradient so on every process
         sums.add(out)
     gradients.finish()
 

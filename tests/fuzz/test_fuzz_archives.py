@@ -1,4 +1,4 @@
-"""Image archives from anywhere: load_dataset gives images or one line that names the archive."""
+"""Image archives from anywhere: they are read, and checked, or refused in one line."""
 
 import bz2
 import gzip
@@ -12,60 +12,33 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_helpers import load, png, tar_of, zip_of
 from mutations import NUMBERS, mutated, refused, written
-from running import write_images
 
-from meanflow.data import DataConfig, load_dataset
+from meanflow.data.check import check_images
 from meanflow.errors import AssetError
 
 BLOCK = tarfile.BLOCKSIZE
 NAMES = [b"../", b"/", b"..", b"C:/", b"\\", b"\0", b"\xff", b"a" * 300, b"\n", b"./", b"__MACOSX/", "é".encode()]
+FILES = {"class0/0.png": png(0), "class0/2.png": png(2), "class1/1.png": png(1)}
+LONG = {f"{'long' * 40}/{name}": content for name, content in FILES.items()}
 
 
-def images(folder) -> dict[str, bytes]:
-    write_images(folder, count=3)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
-
-
-def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
-def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return images(tmp_path_factory.mktemp("images"))
-
-
-def load(folder, name: str, data: bytes) -> bool:
+def use(folder, name: str, data: bytes) -> None:
     path = written(folder / name, data)
-    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
-    return refused(lambda: load_dataset(config, 8, 3, progress=False))
+    refused(lambda: load(path))
+    refused(lambda: check_images(str(path)))
 
 
 @given(data=st.data())
-def test_a_mutated_tar(tmp_path_factory, files, data):
-    long = {f"{'long' * 40}/{name}": content for name, content in files.items()}
-    wholes = [tar_of(files), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)]
-    load(tmp_path_factory.getbasetemp(), "a.tar", data.draw(mutated(wholes, NAMES)))
+def test_a_mutated_tar(tmp_path_factory, data):
+    wholes = [tar_of(FILES), tar_of(LONG), tar_of(LONG, form=tarfile.PAX_FORMAT)]
+    use(tmp_path_factory.getbasetemp(), "a.tar", data.draw(mutated(wholes, NAMES)))
 
 
 @given(data=st.data())
-def test_a_mutated_tar_header_whose_checksum_is_right(tmp_path_factory, files, data):
-    whole = bytearray(tar_of({f"{'long' * 40}/{name}": content for name, content in files.items()}))
+def test_a_mutated_tar_header_whose_checksum_is_right(tmp_path_factory, data):
+    whole = bytearray(tar_of(LONG))
     start = data.draw(st.sampled_from(range(0, len(whole), BLOCK)))
     whole[start : start + BLOCK] = data.draw(mutated([bytes(whole[start : start + BLOCK])], NAMES))[:BLOCK].ljust(BLOCK)
     kind = data.draw(st.sampled_from(b"0" * 20 + b"\x00123456789KLNSVXgx"))
@@ -73,31 +46,31 @@ def test_a_mutated_tar_header_whose_checksum_is_right(tmp_path_factory, files, d
         whole[start + 156] = kind
     summed = sum(whole[start : start + 148]) + 8 * 32 + sum(whole[start + 156 : start + BLOCK])
     whole[start + 148 : start + 156] = b"%06o\0 " % summed
-    load(tmp_path_factory.getbasetemp(), "b.tar", bytes(whole))
+    use(tmp_path_factory.getbasetemp(), "b.tar", bytes(whole))
 
 
 @given(data=st.data())
-def test_a_mutated_compressed_tar(tmp_path_factory, files, data):
+def test_a_mutated_compressed_tar(tmp_path_factory, data):
     """Damaged within, or as a file."""
     pack = data.draw(st.sampled_from([gzip.compress, bz2.compress, lzma.compress]))
-    whole = tar_of(files)
+    whole = tar_of(FILES)
     within = data.draw(st.booleans())
     packed = pack(data.draw(mutated([whole], NAMES))) if within else data.draw(mutated([pack(whole)]))
-    load(tmp_path_factory.getbasetemp(), "c.tar", packed)
+    use(tmp_path_factory.getbasetemp(), "c.tar", packed)
 
 
 @given(data=st.data())
-def test_a_mutated_zip(tmp_path_factory, files, data):
+def test_a_mutated_zip(tmp_path_factory, data):
     methods = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-    load(tmp_path_factory.getbasetemp(), "d.zip", data.draw(mutated([zip_of(files, m) for m in methods], NAMES)))
+    use(tmp_path_factory.getbasetemp(), "d.zip", data.draw(mutated([zip_of(FILES, m) for m in methods], NAMES)))
 
 
 @given(data=st.data())
-def test_a_zip_whose_directory_says_other_things(tmp_path_factory, files, data):
+def test_a_zip_whose_directory_says_other_things(tmp_path_factory, data):
     """Every checksum is right, so that the facts of its members are believed."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        for name, content in files.items():
+        for name, content in FILES.items():
             info = zipfile.ZipInfo(name)
             archive.writestr(info, content)
             kind = data.draw(st.sampled_from(["none", "name", "mode", "flags", "method", "size", "extra"]))
@@ -114,15 +87,15 @@ def test_a_zip_whose_directory_says_other_things(tmp_path_factory, files, data):
                 setattr(info, field, data.draw(st.sampled_from(NUMBERS[:-4]) | st.integers(0, 300)))
             elif kind == "extra":
                 info.extra = data.draw(st.binary(max_size=30))
-    load(tmp_path_factory.getbasetemp(), "f.zip", out.getvalue())
+    use(tmp_path_factory.getbasetemp(), "f.zip", out.getvalue())
 
 
 @given(data=st.data())
-def test_mutated_images_in_a_whole_archive(tmp_path_factory, files, data):
-    name = data.draw(st.sampled_from(list(files)))
-    changed = {**files, name: data.draw(mutated(list(files.values())))}
+def test_mutated_images_in_a_whole_archive(tmp_path_factory, data):
+    name = data.draw(st.sampled_from(list(FILES)))
+    changed = {**FILES, name: data.draw(mutated(list(FILES.values())))}
     pack = data.draw(st.sampled_from([zip_of, tar_of]))
-    load(tmp_path_factory.getbasetemp(), "e", pack(changed))
+    use(tmp_path_factory.getbasetemp(), "e", pack(changed))
 
 
 # --- bombs: little files that unpack to much -------------------------------------------------------------------
@@ -131,10 +104,8 @@ MEGABYTE = 2**20
 
 
 def refused_as(folder, name: str, data: bytes, text: str) -> None:
-    path = written(folder / name, data)
-    config = DataConfig("images", "digits", root="data", path=str(path), split="train", augment_p=0.0, flip=False)
     with pytest.raises(AssetError, match=text):
-        load_dataset(config, 8, 3, progress=False)
+        load(written(folder / name, data))
 
 
 def zip_of_copies(content: bytes, count: int, level: int) -> bytes:
@@ -168,13 +139,13 @@ def test_members_that_are_large_are_not_read_far_ahead(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_tar_of_zeros(tmp_path, files, pack):
+def test_a_tar_of_zeros(tmp_path, pack):
     whole = pack(tar_of({f"cat/{k}.txt": bytes(MEGABYTE) for k in range(16)}))
     refused_as(tmp_path, "bomb.tar", whole, "unpacks to more than 100 times")
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_tar_header_of_a_gigabyte(tmp_path, files, kind):
+def test_a_tar_header_of_a_gigabyte(tmp_path, kind):
     info = tarfile.TarInfo("a")
     info.type, info.size = kind, 2**30
     whole = gzip.compress(info.tobuf() + bytes(4 * MEGABYTE))

@@ -9,37 +9,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from meanflow.training.ema import Ema
-from meanflow.training.guard import Guard
 from mutations import mutated, refused, written
 from running import tiny_config
 
 from meanflow.errors import AssetError
 from meanflow.training.checkpoint import PARTS, load_checkpoint, load_newest, save_checkpoint
 from meanflow.training.config import config_from_tree
+from meanflow.training.divergence import Guard
 from meanflow.training.model import open_checkpoint
-from meanflow.training.state import TrainState, make_optimizer, restore, to_checkpoint
+from meanflow.training.state import Ema, TrainState, make_optimizer, restore, to_checkpoint
 
 CONFIG = tiny_config(train__spike_guard=2.0)
 WORDS = [b"c__builtin__\neval\n", b"cos\nsystem\n", b"(X\x04\x00\x00\x00codetR.", b"ccollections\nOrderedDict\n"]
 WORDS += [
-    b"\x80\x02",
-    b"\x80\x05",
-    b"}",
-    b")",
-    b"R",
-    b"b",
-    b"q\xff",
-    b"r\xff\xff\xff\x7f",
-    b"Q",
-    b"\x8a\xff",
-    b"J\xff\xff\xff\x7f",
-]
-WORDS += [
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
     b"\x8e" + b"\xff" * 8,
-    b"ctorch._utils\n_rebuild_tensor_v2\n",
 ]
+WORDS += [b"\x80\x02", b"\x80\x05", b"q\xff", b"r\xff\xff\xff\x7f", b"\x8a\xff", b"J\xff\xff\xff\x7f"]
+WORDS += [b"}", b")", b"R", b"b", b"Q"]
 
 
 def small_state() -> TrainState:

@@ -5,65 +5,24 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import mutated, refused, written
-from running import RECIPES, tiny_tree
+from running import RECIPES, ROOT, tiny_tree
 
 from meanflow.errors import ConfigError
 from meanflow.training.config import config_from_tree, load_config
 
-WORDS = [b"&a ", b"*a", b"- ", b": ", b"{", b"}", b"[", b"]", b"? ", b"<<: ", b"!!python/object/apply:os.system [x]"]
-WORDS += [
-    b"!!int ",
-    b"!!float ",
-    b"!!binary ",
-    b"!!set ",
-    b"!!timestamp ",
-    b"!!map ",
-    b"!!seq ",
-    b"!<x> ",
-    b"%YAML 9.9\n",
-]
-WORDS += [
-    b"---\n",
-    b"...\n",
-    b"~",
-    b"null",
-    b"true",
-    b"1e999",
-    b".nan",
-    b"-.inf",
-    b"2001-99-99",
-    b"1:90",
-    b"0o9",
-    b"-0",
-]
-WORDS += [
-    b"0x" + b"f" * 5000,
-    b"9" * 5000,
-    b"1" + b"_" * 99,
-    b"'",
-    b'"',
-    b"|\n",
-    b">\n",
-    b"\t",
-    b"\r",
-    b"#",
-    b"\xe2\x80\xa8",
-]
-WORDS += [
-    b"[" * 2000,
-    b"{a: " * 500,
-    b"\x00",
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"\x85",
-    b"\n  a: 1\n",
-    b"\\x",
-    b'"\\ud800"',
-]
+WORDS = rb"""&a |*a|- |: |{|}|[|]|? |<<: |!!python/object/apply:os.system [x]|!!int |!!float |!!binary |!!set |!!map
+|!!timestamp |!!seq |!<x> |%YAML 9.9|---|...|~|null|true|1e999|.nan|-.inf|2001-99-99|1:90|0o9|-0|'|"|>|#|\x|"\ud800"
+|base: |times: |loss: """
+WORDS = WORDS.replace(b"\n", b"").split(b"|")
+WORDS += [b"|\n", b"\t", b"\r", b"\xe2\x80\xa8", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\x85", b"\n  a: 1\n", b"\n"]
+WORDS += [b"0x" + b"f" * 5000, b"9" * 5000, b"1" + b"_" * 99, b"[" * 2000, b"{a: " * 500]
 TINY = yaml.safe_dump(tiny_tree(), sort_keys=False).encode()
 
 
-@given(mutated([TINY, RECIPES[0].read_bytes()[:2000]], WORDS))
+OLD = (ROOT / "tests" / "data" / "runs" / "dit" / "config.yaml").read_bytes()  # in the layout of an earlier version
+
+
+@given(mutated([TINY, RECIPES[0].read_bytes(), OLD], WORDS))
 def test_a_mutated_recipe(tmp_path_factory, data):
     path = written(tmp_path_factory.getbasetemp() / "recipe.yaml", data)
     refused(lambda: load_config(path))
@@ -90,7 +49,7 @@ VALUES = st.recursive(
 @given(st.data(), VALUES)
 def test_a_value_of_any_kind_in_any_place(data, value):
     """As in the config that a checkpoint carries, which JSON made."""
-    tree = tiny_tree()
+    tree = data.draw(st.sampled_from([tiny_tree(), yaml.safe_load(OLD)]))
     place = data.draw(st.sampled_from(list(tree)))
     if isinstance(tree[place], dict) and data.draw(st.booleans()):
         tree[place][data.draw(st.sampled_from(list(tree[place])) | st.text(max_size=3))] = value

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stress import fuzzing, haul, kills, nodes, ranks, storage
+from stress import fuzzing, kills, nodes, ranks, soak, storage
 
 # name: (promise, function of a folder, number in docs/reliability.md)
 PROMISES = {
@@ -27,11 +27,11 @@ PROMISES = {
     "restarts": ("torchrun --max-restarts continues a run", lambda folder: nodes.agents(folder, 1, 2, 60, 2)),
     "failure": ("One failing process ends all within seconds", nodes.one_fails),
     "repeat": ("deterministic: true is bit-equal", lambda folder: ranks.repeat(folder, steps=50)),
-    "haul": ("20,000 steps: memory, files and time flat", lambda folder: haul.steps(folder, steps=20_000)),
-    "scores": ("100 evaluations leak nothing", lambda folder: haul.evaluations(folder, count=100)),
+    "soak": ("20,000 steps: memory, files and time flat", lambda folder: soak.steps(folder, steps=20_000)),
+    "scores": ("100 evaluations leak nothing", lambda folder: soak.evaluations(folder, count=100)),
     "fuzz": ("Mutated inputs give only documented errors", lambda folder: fuzzing.fuzz(folder, inputs=5000)),
 }
-TOGETHER = ("haul", "fuzz")  # the longest ones, each on one core, run at the same time
+LONGEST = ("soak", "fuzz")  # each on one core, run at the same time
 
 
 def main(argv: list[str]) -> int:
@@ -43,21 +43,21 @@ def main(argv: list[str]) -> int:
     work = args.out.resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)
     chosen, start = args.name or list(PROMISES), time.monotonic()
-    rows = [kept(name, work) for name in chosen if name not in TOGETHER]
-    with ThreadPoolExecutor(len(TOGETHER)) as pool:
-        rows += pool.map(lambda name: kept(name, work), [name for name in chosen if name in TOGETHER])
+    rows = [kept(name, work) for name in chosen if name not in LONGEST]
+    with ThreadPoolExecutor(len(LONGEST)) as pool:
+        rows += pool.map(lambda name: kept(name, work), [name for name in chosen if name in LONGEST])
     report = {"machine": machine(), "seconds": round(time.monotonic() - start), "rows": rows}
     table = markdown(report)
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (args.out / "report.md").write_text(table, encoding="utf-8")
-    say(f"\n{table}\n{args.out / 'report.json'}  {args.out / 'report.md'}")
+    show(f"\n{table}\n{args.out / 'report.json'}  {args.out / 'report.md'}")
     return 0 if all(row["kept"] for row in rows) else 1
 
 
 def kept(name: str, work: Path) -> dict:
     """Try one promise; its row of the report."""
     promise, check = PROMISES[name]
-    say(f"{name}: {promise} …")
+    show(f"{name}: {promise} …")
     (work / name).mkdir(parents=True)
     start = time.monotonic()
     try:
@@ -65,11 +65,11 @@ def kept(name: str, work: Path) -> dict:
     except AssertionError as error:
         row = {"kept": False, "figure": " ".join(str(error).split())[:300] or "see above"}
     row = {"name": name, "promise": promise, **row, "seconds": round(time.monotonic() - start, 1)}
-    say(f"{name}: {'kept' if row['kept'] else 'BROKEN'}: {row['figure']} ({row['seconds']} s)")
+    show(f"{name}: {'kept' if row['kept'] else 'BROKEN'}: {row['figure']} ({row['seconds']} s)")
     return row
 
 
-def say(line: str) -> None:
+def show(line: str) -> None:
     print(line, flush=True)
 
 

@@ -1,31 +1,11 @@
-"""Are two runs one and the same?"""
+"""Are two runs the same?"""
 
 import hashlib
 import json
 from pathlib import Path
 
 import torch
-from running import comparable_metrics
-
-from meanflow.training import settings
-from meanflow.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-
-PARTS = ("model", "ema", "optimizer")
-
-
-def newest(run: Path) -> Checkpoint:
-    return load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    """To the bit: weights, averages, moments, and metrics but for what a clock measured."""
-    one, two = newest(a), newest(b)
-    assert one.meta["step"] == two.meta["step"]
-    for part in PARTS:
-        ours, theirs = (settings.flatten(getattr(checkpoint, part)) for checkpoint in (one, two))
-        assert ours.keys() == theirs.keys()
-        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], f"{part} differ"
-    assert comparable_metrics(a) == comparable_metrics(b)
+from running import assert_equal_runs, comparable_metrics
 
 
 def assert_equal_jobs(a: Path, b: Path) -> None:

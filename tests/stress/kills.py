@@ -43,7 +43,7 @@ def die_before(folder: str, number: int) -> None:
 
 
 class Job:
-    """One `python -m run` command, started as often as it takes."""
+    """One `run.py` command, started as often as it takes."""
 
     def __init__(self, folder: Path, name: str, **changes):
         self.run, self.logs = folder / name, folder / f"{name} logs"

@@ -14,9 +14,9 @@ from running import ROOT, context, last_step, redirect, start, steps_of, until, 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from eval import launch
-from eval import run as job
+import run as job
 from meanflow.errors import run_main
+from meanflow.training import launch
 from stress.compare import curve_difference
 
 # As docs/reliability.md says: with the agent's store, restarted processes find the addresses of those that were killed.
@@ -24,7 +24,7 @@ OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 FAILS = """
 import os, sys
-from eval import run
+import run
 from meanflow.errors import AssetError, run_main
 from meanflow.training.batches import BatchStream
 
@@ -44,7 +44,7 @@ class Torchrun:
     def __init__(self, nodes: int, each: int, port: int, recipe: Path, run: Path, log: Path):
         how = [f"--nnodes={nodes}", f"--nproc-per-node={each}", "--max-restarts=3"]
         how += ["--rdzv-id=stress", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-        how += ["-m", "run", str(recipe), "--out", str(run)]
+        how += ["run.py", str(recipe), "--out", str(run)]
         command = [sys.executable, "-m", "torch.distributed.run", *how]
         environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(run.parent / "cache")}
         with open(log, "w") as file:
@@ -105,7 +105,7 @@ def children(pid: int) -> list[int]:
 
 
 def agents(folder: Path, nodes: int, each: int, steps: int, kills: int, kind: type = Torchrun) -> str:
-    """Rendezvous members train together; the last one's first process is killed, and all restart from a checkpoint."""
+    """Agents meet and train one run; the last one's first process is killed, and all restart from a checkpoint."""
     changes = {"train__steps": steps, "checkpoint__every": 5, "eval__samples": 64}
     recipe, run = write_recipe(folder / "many.yaml", **changes), folder / "many"
     with socket.socket() as free:

@@ -1,11 +1,13 @@
-"""Long runs: does anything grow?"""
+"""Soak tests: does anything grow in a long run?"""
 
 import os
 import statistics
 import time
 from pathlib import Path
 
-from running import read_metrics, start, write_recipe
+from running import start, write_recipe
+
+from meanflow.training.metrics import read_metrics
 
 
 class Watched:
@@ -60,7 +62,7 @@ def flat(grown: dict[str, tuple[float, float]]) -> str:
 def steps(folder: Path, steps: int) -> str:
     """One run of a tiny network: memory within 2 %, open files and the time of a step as at the beginning."""
     run, grown = watch(folder, steps // 10, train__steps=steps, checkpoint__every=max(steps // 10, 1))
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = list(read_metrics(run / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     tenth = steps // 10
     times = [

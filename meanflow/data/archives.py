@@ -1,8 +1,8 @@
-"""Where image files come from: a folder, or a zip or tar that is read in place and never extracted.
+"""Folders of files, and zips and tars that are read in place and never extracted.
 
-Archives come from strangers. What only an attack or a mistake contains is refused before anything is read:
-links and devices, absolute paths and "..", members listed twice, members above 64 MB, and what unpacks to more than
-a hundred times its size.
+Archives come from strangers, so what only an attack or a mistake contains is refused before anything is read: links
+and devices, absolute paths and "..", members listed twice, members above 64 MB, and what unpacks to more than a hundred
+times its size.
 """
 
 import lzma
@@ -27,9 +27,7 @@ MAX_RATIO = 100  # of unpacked to packed bytes; images hardly compress
 MAX_HEADER_BYTES = 2**20  # of a tar's long names and extended headers
 
 Parts = tuple[str, ...]  # a path inside a source, split at its slashes
-
-
-# What zipfile and tarfile raise over damaged headers, their own errors and others'.
+# What zipfile and tarfile raise for damaged headers.
 DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     *(EOFError, ValueError, OverflowError, struct.error),
@@ -41,13 +39,13 @@ class Source:
     """The listing of a folder or archive, without hidden files, and the means to read a file of it."""
 
     where: str  # the setting and its path, for messages
-    files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of reading
+    files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of fastest reading
     folders: set[Parts] = field(default_factory=set)  # every folder that is listed or implied by a file
     open: Callable[[Any], Path | BytesIO] = lambda handle: handle
 
     def read(self, parts: Parts) -> Path | BytesIO:
-        """What Pillow can open: a file of a folder by its path, of an archive by its bytes, read now."""
-        with _damage_named(self.where):
+        """What Pillow can open: the path of a folder's file, or the bytes of an archive's, read now."""
+        with _damage_explained(self.where):
             return self.open(self.files[parts])
 
     def name(self, parts: Parts) -> str:
@@ -57,18 +55,20 @@ class Source:
 
 @contextmanager
 def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
-    """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are told by content, not by suffix.
+    """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are recognised by content, not by suffix.
 
-    `setting` is where the user named `path`, for messages.
+    Args:
+        path: the folder or archive; `~` is expanded.
+        setting: where the user named it, for messages; may be empty.
 
     Raises:
         AssetError: nothing there, unreadable, not an archive, damaged or cut short, or with unsafe members.
     """
-    where, location = f"{setting} {path}", Path(path).expanduser()
-    if not location.exists():
-        raise AssetError(f"{where}: no such file or folder")
+    where, location = f"{setting} {path}".strip(), Path(os.path.expanduser(path))
     with ExitStack() as stack:
-        with _damage_named(where):
+        with _damage_explained(where):
+            if not location.exists():
+                raise AssetError(f"{where}: no such file or folder")
             if location.is_dir():
                 source = _folder(where, location)
             elif _is_zip(location):
@@ -80,8 +80,8 @@ def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
 
 
 @contextmanager
-def _damage_named(where: str) -> Iterator[None]:
-    """Turn what the readers of folders and archives raise into one line."""
+def _damage_explained(where: str) -> Iterator[None]:
+    """Turn what the readers of folders and archives raise into an AssetError."""
     try:
         yield
     except DAMAGE as error:
@@ -105,7 +105,7 @@ def _folder(where: str, root: Path) -> Source:
 
     for base, folders, names in os.walk(root, onerror=give_up, followlinks=True):
         real = os.path.realpath(base)
-        if real in seen:  # a link back to a folder above would go round for ever
+        if real in seen:  # a link to a folder above would never end
             raise AssetError(f"{where}: {base} is reached twice through links: remove the link")
         seen.add(real)
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
@@ -128,9 +128,9 @@ def _zip(where: str, archive: zipfile.ZipFile) -> Source:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header that is damaged or missing is an error; tarfile takes one for the end of the archive.
+    """A damaged or missing header is an error; tarfile takes it for the end of the archive.
 
-    So is one that asks for a name or an extended header of more than a megabyte to be read.
+    So is one that asks for more than a megabyte to be read as a name or an extended header.
     """
 
     @classmethod
