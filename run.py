@@ -18,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from meanflow.errors import UserError, run_main
+from meanflow.errors import IncompleteError, UserError, run_main
 
 HERE = Path(__file__).resolve().parent
 RECIPES, TABLES, FIGURES = HERE / "recipes", HERE / "recipes" / "tables", HERE / "recipes" / "figures"
@@ -234,10 +234,12 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             write_grid(run, config, ctx.device)
         try:
             results = score_run(run, config, ctx)
-        finally:  # curves even if scoring fails
-            if ctx.is_main:
+        except UserError as error:  # curves even if scoring fails, but Ctrl-C does not wait for them
+            if ctx.is_main and not isinstance(error, IncompleteError):
                 plot([run], run.curves)
+            raise
         if ctx.is_main:
+            plot([run], run.curves)
             log.info(closing_table(config, run, results))
         return 0
     finally:

@@ -61,7 +61,7 @@ def test_it_is_found_by_its_kind_and_checked_as_all_settings_are():
     assert tiny_config(objective={"kind": "test_distilled"}).objective == Distilled()
     assert Objective.kinds()["test_distilled"] is Distilled and "meanflow" in Objective.kinds()
     for objective, message in [
-        ({"kind": "test_distiled"}, r"objective.kind 'test_distiled' is not known; did you mean test_distilled\?"),
+        ({"kind": "test_distiled"}, r"objective.kind test_distiled is not known; did you mean test_distilled\?"),
         ({"kind": "test_distilled", "decay": 2}, r"objective.decay must be in \(0, 1\), got 2.0"),
         ({"kind": "test_distilled", "p": 1}, "objective.p is not a setting"),
         ({"kind": "test_distilled", "decay": 0.4}, "ema.decays must have 0.4, the teacher of objective.kind test_dist"),
