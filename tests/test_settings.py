@@ -10,17 +10,8 @@ from running import ROOT, TREE, tiny_tree
 from eval.settings import main as print_page
 from eval.settings import page
 from meanflow.errors import ConfigError
-from meanflow.objectives import Objective
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, load_config
-
-
-@pytest.fixture(autouse=True)
-def _only_the_kits_objectives(monkeypatch):
-    """Other test files define objectives too, perhaps in this process."""
-    Objective.kinds()
-    ours = [kind for kind in Objective.__subclasses__() if kind.__module__.startswith("meanflow.")]
-    monkeypatch.setattr(Objective, "__subclasses__", lambda: ours)
 
 
 @dataclass(frozen=True)
