@@ -25,6 +25,12 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Other:
+    train: Inner
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
 class Outer:
     name: str
     count: int
@@ -80,6 +86,7 @@ WRONG = [
     ({"inner": {"rat": 1}}, "inner.rat is not a setting; did you mean inner.rate?"),
     ({"iner": {"rate": 1}}, "iner.rate is not a setting; did you mean inner.rate?"),
     ({"sizes": 1}, "sizes is not a setting; did you mean inner.sizes?"),
+    ({"inner": {"rate": 1, "resolution": 1}}, "did you mean model.image_size?"),
     ({"colour": 1}, "colour is not a setting; known here: name, count"),
     ({"inner": {7: 1, "rate": 1}}, "inner.7 is not a setting"),
     ({"inner": {16**5000: 1, "rate": 1}}, "is not a setting"),
@@ -94,6 +101,11 @@ def test_a_wrong_tree_is_one_line_that_names_key_file_and_what_was_meant(change,
         outer(**change)
     assert str(caught.value).startswith("some.yaml: ") and message in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_synonyms_name_the_setting_that_the_file_has():
+    with pytest.raises(ConfigError, match=r"learning_rate is not a setting; did you mean lr\?"):
+        settings.build(Other, {"learning_rate": 1}, "", "other.yaml")
 
 
 def test_what_is_no_group_at_all():
