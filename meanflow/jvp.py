@@ -162,10 +162,14 @@ class _ValueAndTangent(nn.Module):
 
 
 def _compile(module: nn.Module, inputs: tuple, mode: str) -> Callable:
+    return torch.compile(plain_operations(module, inputs), dynamic=False, fullgraph=True, mode=mode)
+
+
+def plain_operations(module: nn.Module, inputs: tuple) -> nn.Module:
+    """What `module` does with these inputs, without dual numbers; it shares `module`'s parameters."""
     exported = torch.export.export(module, inputs, strict=False)
-    checked = "check_guards" in inspect.signature(exported.module).parameters  # not yet in 2.8
-    plain = exported.module(check_guards=False) if checked else exported.module()
-    return torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
+    checked = "check_guards" in inspect.signature(exported.module).parameters  # not in PyTorch 2.8
+    return exported.module(check_guards=False) if checked else exported.module()
 
 
 # --- activation checkpointing ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Each tangent rule against torch.func.jvp and finite differences in float64, and what must not happen silently."""
 
+import functools
 import operator
 import re
 
@@ -12,12 +13,17 @@ from torch import nn
 from meanflow.dual import RULES, Dual, NoTangentRule, shapes, value_of
 from meanflow.dual.number import Rule, linear
 from meanflow.errors import UserError
-from meanflow.jvp import value_and_jvp
+from meanflow.jvp import plain_operations, value_and_jvp
 
 B, N = 5, 3  # batch, and the rows that have a tangent
 
 
 def g(*shape, seed=0):
+    return drawn(shape, seed).clone()
+
+
+@functools.cache  # older versions of torch.export read no generators
+def drawn(shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -304,8 +310,8 @@ class TracedCases(nn.Module):
 def test_torch_export_reads_the_rules():
     """As `train.compile` needs it."""
     x, dx = g(B, 4, 6, 6, seed=2), g(N, 4, 6, 6, seed=3)
-    traced = torch.export.export(TracedCases(), (x, dx), strict=False).module(check_guards=False)
-    torch.testing.assert_close(traced(x, dx), TracedCases()(x, dx))
+    expected = TracedCases()(x, dx)
+    torch.testing.assert_close(plain_operations(TracedCases(), (x, dx))(x, dx), expected)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
