@@ -10,6 +10,7 @@ import torch
 from method_helpers import perturbed
 from running import comparable_metrics, tiny_config, train_run
 
+import meanflow.objectives
 from meanflow.errors import ConfigError
 from meanflow.jvp import value_and_jvp
 from meanflow.objectives import Loss, Objective
@@ -57,22 +58,35 @@ CHANGES = {"model__dropout": 0.2, "model__width": 4, "train__steps": 6, "ema__de
 DISTILLED = {"kind": "test_distilled", "decay": 0.5}
 
 
-def test_it_is_found_by_its_kind_and_checked_as_all_settings_are():
+@pytest.fixture(autouse=True)
+def _as_if_in_the_folder(monkeypatch):
+    kinds = {**Objective.kinds(), "test_distilled": Distilled}
+    monkeypatch.setattr(Objective, "kinds", classmethod(lambda cls: kinds))
+
+
+def test_its_settings_are_checked_as_all_settings_are():
     assert tiny_config(objective={"kind": "test_distilled"}).objective == Distilled()
-    assert Objective.kinds()["test_distilled"] is Distilled and "meanflow" in Objective.kinds()
     for objective, message in [
         ({"kind": "test_distiled"}, r"objective.kind test_distiled is not known; did you mean test_distilled\?"),
         ({"kind": "test_distilled", "decay": 2}, r"objective.decay must be in \(0, 1\), got 2.0"),
         ({"kind": "test_distilled", "p": 1}, "objective.p is not a setting"),
-        ({"kind": "test_distilled", "decay": 0.4}, "ema.decays must have 0.4, the teacher of objective.kind test_dist"),
+        (
+            {"kind": "test_distilled", "decay": 0.4},
+            "test_distilled learns from the average 0.4: ema.decays must contain",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             tiny_config(objective=objective)
 
 
-def test_two_of_one_kind_are_refused(monkeypatch):
-    monkeypatch.setattr(Objective, "__subclasses__", lambda: [Distilled, type("Other", (), {"kind": Distilled.kind})])
-    with pytest.raises(TypeError, match="both of kind 'test_distilled'"):
+def test_a_file_in_the_folder_is_found_and_two_of_one_kind_are_refused(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(meanflow.objectives, "__path__", [*meanflow.objectives.__path__, str(tmp_path)])
+    text = "from meanflow.objectives import meanflow\n\n\nclass Mine(meanflow.MeanFlow):\n    kind = 'test_mine'\n"
+    (tmp_path / "test_mine.py").write_text(text)
+    assert set(Objective.kinds()) >= {"meanflow", "test_mine"}
+    (tmp_path / "test_mine_too.py").write_text(text)
+    with pytest.raises(TypeError, match="test_mine_too and meanflow.objectives.test_mine are both of kind test_mine"):
         Objective.kinds()
 
 

@@ -10,17 +10,8 @@ from running import ROOT, TREE, tiny_tree
 from eval.settings import main as print_page
 from eval.settings import page
 from meanflow.errors import ConfigError
-from meanflow.objectives import Objective
 from meanflow.training import settings
 from meanflow.training.config import RunConfig, load_config
-
-
-@pytest.fixture(autouse=True)
-def _only_the_kits_objectives(monkeypatch):
-    """Other test files define objectives too, perhaps in this process."""
-    Objective.kinds()
-    ours = [kind for kind in Objective.__subclasses__() if kind.__module__.startswith("meanflow.")]
-    monkeypatch.setattr(Objective, "__subclasses__", lambda: ours)
 
 
 @dataclass(frozen=True)
@@ -31,6 +22,12 @@ class Inner:
     def __post_init__(self):
         if self.rate < 0:
             raise ValueError(f"rate must be ≥ 0, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Other:
+    train: Inner
+    lr: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ WRONG = [
     ({"inner": {"rat": 1}}, "inner.rat is not a setting; did you mean inner.rate?"),
     ({"iner": {"rate": 1}}, "iner.rate is not a setting; did you mean inner.rate?"),
     ({"sizes": 1}, "sizes is not a setting; did you mean inner.sizes?"),
+    ({"inner": {"rate": 1, "resolution": 1}}, "did you mean model.image_size?"),
     ({"colour": 1}, "colour is not a setting; known here: name, count"),
     ({"inner": {7: 1, "rate": 1}}, "inner.7 is not a setting"),
     ({"inner": {16**5000: 1, "rate": 1}}, "is not a setting"),
@@ -103,6 +101,11 @@ def test_a_wrong_tree_is_one_line_that_names_key_file_and_what_was_meant(change,
         outer(**change)
     assert str(caught.value).startswith("some.yaml: ") and message in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_synonyms_name_the_setting_that_the_file_has():
+    with pytest.raises(ConfigError, match=r"learning_rate is not a setting; did you mean lr\?"):
+        settings.build(Other, {"learning_rate": 1}, "", "other.yaml")
 
 
 def test_what_is_no_group_at_all():

@@ -49,16 +49,18 @@ class Objective(ABC):
     @classmethod
     def kinds(cls) -> dict[str, type["Objective"]]:
         """{kind: class} of every file in this folder. A new file adds its kind; there is no list to extend."""
-        folder = __name__.rpartition(".")[0]
-        for module in pkgutil.iter_modules(importlib.import_module(folder).__path__):
-            importlib.import_module(f"{folder}.{module.name}")
-        found, classes = {}, Objective.__subclasses__()
-        while classes:
-            subclass = classes.pop()
-            classes += subclass.__subclasses__()
-            kind = vars(subclass).get("kind")
-            if isinstance(kind, str) and found.setdefault(kind, subclass) is not subclass:
-                raise TypeError(f"{subclass.__module__} and {found[kind].__module__} are both of kind {kind!r}")
+        folder = importlib.import_module(__name__.rpartition(".")[0])
+        found: dict[str, type[Objective]] = {}
+        for info in pkgutil.iter_modules(folder.__path__):
+            module = importlib.import_module(f"{folder.__name__}.{info.name}")
+            for value in vars(module).values():
+                defined_here = isinstance(value, type) and value.__module__ == module.__name__
+                if not defined_here or not issubclass(value, Objective) or not isinstance(vars(value).get("kind"), str):
+                    continue
+                if found.setdefault(value.kind, value) is not value:
+                    raise TypeError(
+                        f"{module.__name__} and {found[value.kind].__module__} are both of kind {value.kind}"
+                    )
         return dict(sorted(found.items()))
 
     @property

@@ -186,8 +186,9 @@ def unknown(path: str, kind: type, where: str) -> str:
             return f"; it is called {new}{path[len(old) :]} now"
     last, (key, dot, rest) = path.rpartition(".")[2], path[len(where) :].partition(".")
     siblings, inside = [key_of(field) for field in fields(kind)], list(leaves(kind, where))
-    if last in SYNONYMS:
-        return f"; did you mean {SYNONYMS[last]}?"
+    if meant := SYNONYMS.get(last):
+        same_name = [setting for setting in inside if setting.rpartition(".")[2] == meant.rpartition(".")[2]]
+        return f"; did you mean {meant if meant in inside or not same_name else ' or '.join(same_name)}?"
     if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
         return f"; did you mean {where}{near[0]}{dot}{rest}?"
     names = {setting.rpartition(".")[2] for setting in inside}
