@@ -1,4 +1,4 @@
-"""What FSDP2 (PyTorch 2.14) does with a derivative of the network, as docs/imagenet.md states it.
+"""What FSDP2 does with a derivative of the network, as docs/imagenet.md states it.
 
 FSDP2 gathers a module's parameters in hooks on its tensors. `torch.func.jvp` passes through them from PyTorch 2.14 on;
 a dual number is no tensor to them, so the parameters are not gathered again for the backward pass, which fails loudly.
@@ -40,7 +40,6 @@ def differentiate(method: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 14), reason="the page is about PyTorch 2.14; before, func fails too")
 @pytest.mark.parametrize("method", ["func", "dual"])
 def test_a_derivative_through_fsdp2(tmp_path, method):
     process = context.Process(target=differentiate, args=(method, str(tmp_path)))
