@@ -74,7 +74,10 @@ def test_dropout_only_in_training():
 
 @backbones
 def test_checkpointed_blocks_give_the_same_and_save_less(config):
-    net, b = small(config), batch(config)
+    net, b, rows = small(config), batch(config), []
+
+    def run_block(block, x, emb):
+        return checkpointed(lambda x, emb: rows.append(x.rows) or block(x, emb), x, emb)
 
     def measured(**how):
         sizes = []
@@ -82,9 +85,11 @@ def test_checkpointed_blocks_give_the_same_and_save_less(config):
             loss = loss_of(lambda *args, **cond: net(*args, **cond, **how), b)
         return with_gradient(net, loss), sum(sizes)
 
-    (kept, size), (again, smaller) = measured(), measured(run_block=checkpointed)
+    (kept, size), (again, smaller) = measured(), measured(run_block=run_block)
     assert torch.equal(kept[0], again[0]) and torch.allclose(kept[1], again[1], rtol=1e-12, atol=1e-14)
     assert smaller < 0.6 * size
+    blocks = len(rows) // 2
+    assert rows == [5] * blocks + [0] * blocks  # tangents are computed once
 
 
 @pytest.mark.parametrize(("width", "channels", "size"), [(2, 1, 4), (6, 2, 6), (10, 3, 20)])

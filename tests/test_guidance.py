@@ -91,7 +91,7 @@ def test_target_velocity_is_v_cfg(kappa, batched):
         (GuidanceConfig(2.0), [[NULL] * 4]),
         (GuidanceConfig(2.0, 0.25), [[0, 1, 0, 1], [NULL] * 4]),
         (GuidanceConfig(2.0, 0.5, t_end=0.5), [[0, 1], [NULL] * 2]),
-        (GuidanceConfig(2.0, t_start=0.2, t_end=0.75), [[NULL] * 2]),
+        (GuidanceConfig(2.0, t_start=0.2, t_end=0.7), [[NULL] * 2]),  # both included
         (GuidanceConfig(1.0, 0.5), [[0, 1, 0, 1]]),
     ],
 )
