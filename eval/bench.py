@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from eval.benchmark import ROWS, SEPARATE
-from eval.scoring.options import Parser, count, path
+from eval.scoring.options import Parser, check_out, count, path
 from meanflow.errors import UserError, run_main
+from meanflow.files import write_text
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEFAULT = ("cifar10", "imagenet_b4")
@@ -76,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     from eval.benchmark.clock import cpu_has_bf16
     from eval.benchmark.rows import Plan, measure
     from eval.benchmark.text import machine, table, tree
-    from eval.reports.files import check_out, write_text
     from meanflow.training.config import load_config
     from meanflow.training.run_folder import environment
 

@@ -151,7 +151,7 @@ def _score(args: argparse.Namespace) -> int:
     from eval.scoring.protocol import Request, table
     from eval.scoring.references import recipe_reference
     from eval.scoring.sources import EvalTarget, Sampling, read_images, targets_of
-    from meanflow.training.checkpoint import file_sha256
+    from meanflow.files import sha256_file
     from meanflow.training.model import config_of, open_checkpoint
     from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
     from meanflow.training.run_folder import RunFolder
@@ -170,7 +170,7 @@ def _score(args: argparse.Namespace) -> int:
         config = config_of(file, checkpoint)
         sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise or config.sample.uint8)
         steps, grids = args.steps or (() if args.grid else (1,)), tuple(args.grid)
-        digest = file_sha256(file)
+        digest = sha256_file(file)
         targets = targets_of(file, checkpoint, digest, args.ema, steps, sampling, ctx.device, grids)
         run = RunFolder(what if what.is_dir() else file.parent.parent)
         out = run.eval if run.config_file.exists() else out
@@ -194,10 +194,10 @@ def _make_ref(args: argparse.Namespace) -> int:
     import shutil
 
     from eval.scoring.features import Cache, prepare
-    from eval.scoring.files import make_folder
     from eval.scoring.metrics import MetricOptions, Statistics
     from eval.scoring.references import check_reference, write_reference
     from eval.scoring.threads import interruptible
+    from meanflow.files import make_folder
 
     ctx = _start(args)
     extractor, real = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, check_out, path
 from meanflow.errors import UserError, run_main
 
 
@@ -25,7 +25,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from eval.reports.curves import plot  # here: NumPy and matplotlib take a second to import
-    from eval.reports.files import check_out
     from eval.reports.read import run_names
     from meanflow.training.run_folder import RunFolder
 

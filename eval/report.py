@@ -6,8 +6,9 @@ A folder is a run's, or a table's (runs/tables-SCALE/NAME). Several runs are com
 import argparse
 import shlex
 
-from eval.scoring.options import Parser, count, counts, path
+from eval.scoring.options import Parser, check_out, count, counts, path
 from meanflow.errors import run_main
+from meanflow.files import write_text
 
 STEPS, COUNT = (1, 2, 8), 36
 
@@ -26,8 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from eval.reports.files import check_out, write_text  # here: NumPy and matplotlib take a second to import
-    from eval.reports.page import Sampling, report
+    from eval.reports.page import Sampling, report  # here: NumPy and matplotlib take a second to import
 
     if args.out:
         check_out(args.out, args.overwrite)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from eval.sampling.grid import captions, class_labels, columns_of, write
-    from eval.scoring.files import make_folder
+    from meanflow.files import make_folder
     from meanflow.logs import progress_bar
     from meanflow.training.model import generate, load, to_uint8
 

@@ -27,11 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     import torch  # here, as the rest: it takes seconds to import
 
-    from eval.scoring.files import write_json
     from eval.toy.measure import closing_table, distances, errors, in_float64
     from eval.toy.mixture import Mixture
     from eval.toy.plot import draw
     from eval.toy.train import Toy2dConfig, Training
+    from meanflow.files import write_json
     from meanflow.training import settings
     from meanflow.training.config import config_to_yaml
     from meanflow.training.state import count_parameters

@@ -8,8 +8,9 @@ import pytest
 import torch
 from latent_helpers import save_tiny_vae
 
-from meanflow.data.codec import SD_SCALE, open_codec, sha256_file
+from meanflow.data.codec import SD_SCALE, open_codec
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 
 SPACE_TO_DEPTH = ("space-to-depth", "cpu", "fp32", 4)
 

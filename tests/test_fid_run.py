@@ -258,7 +258,7 @@ def test_samples_that_are_not_finite(tmp_path, capsys):
     ("what", "free", "line"),
     [
         ("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})(), "make room"),
-        ("eval.scoring.evaluate.free_memory", lambda: 100, "of memory and 0.0 GB are free: lower --n"),
+        ("eval.scoring.evaluate.free_memory", lambda device: 100, "of memory and 0.0 GB are free: lower --n"),
     ],
 )
 def test_a_full_disk_or_memory(what, free, line, run, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 from eval.benchmark.clock import Spread
 from eval.benchmark.rows import Report, Row
-from eval.tables.files import aligned
+from meanflow.logs import aligned
 
 
 def machine(where: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from eval.scoring.options import FULL_N, INCEPTION
 from eval.tables import SCALES
 from meanflow.errors import AssetError
+from meanflow.files import read_json
 from meanflow.training import settings
 from meanflow.training.records import read_columns
 from meanflow.training.run_folder import RunFolder, starts
@@ -237,14 +238,6 @@ def _failure(path: Path) -> Failure:
         return Failure(int(failure["step"]), str(failure["what"]), path)
     except (LookupError, TypeError, ValueError) as error:
         raise AssetError(f"{path}: is not a failure that a run recorded ({error!r}); move it away") from error
-
-
-def read_json(path: Path) -> Any:
-    """Raises AssetError for a file that is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssetError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def one_seed_each(runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:

@@ -18,9 +18,10 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from eval.scoring.files import load_tensors, sha256_file
+from eval.scoring.files import load_tensors
 from eval.scoring.options import INCEPTION, PIXELS, THUMBNAILS
 from meanflow.errors import AssetError, UserError
+from meanflow.files import sha256_file
 from meanflow.precision import exact_float32
 
 # weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release.

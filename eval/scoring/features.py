@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, sha256_json, write_npz
+from eval.scoring.files import NpzFile, write_npz
 from eval.scoring.metrics import Statistics, low_rank
 from eval.scoring.references import Reference
 from eval.scoring.sources import Source
 from eval.scoring.threads import each, interruptible
 from meanflow.errors import AssetError, NumericsError
+from meanflow.files import sha256_json
 from meanflow.logs import progress_bar
 from meanflow.precision import exact_float32
 from meanflow.training.processes import DistributedContext, run_on_rank0

@@ -1,32 +1,20 @@
-"""Files that evaluation reads and writes: npz without pickles, atomically written, hashed by content."""
+"""What evaluation reads and writes besides JSON: npz without pickles, tensors, and the hash of images."""
 
 import _codecs
-import errno
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, write_errors_named
+from meanflow.files import replacing
 from meanflow.training import checkpoint
 
 MAX_RATIO, ALWAYS_FINE = 100, 2**28  # of unpacked to packed bytes; a quarter of a GB is never a bomb
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sha256_images(images: torch.Tensor) -> str:
@@ -37,55 +25,9 @@ def sha256_images(images: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def sha256_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def make_folder(path: Path) -> Path:
-    """Make the folder `path` and write into it, to know before long work. Raises AssetError if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise AssetError(f"{path}: cannot be written ({error.strerror or error}); name another folder") from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`write` into a temporary neighbour of `path`, then rename: `path` is the old file or the whole new one.
-
-    Raises AssetError if the disk is full or the folder cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = file.name
-            write(file)  # type: ignore[arg-type]
-        os.chmod(temporary, 0o644)  # temporary files are private, results are not
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise AssetError(f"cannot write {path}: {reason}") from None
-
-
-def read_json(path: Path) -> dict:
-    """Raises AssetError for a file that is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssetError(f"{path} cannot be read as JSON ({error})") from None
-
-
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    write_atomically(path, lambda file: np.savez(file, **arrays))
-
-
-def write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with replacing(path) as file, write_errors_named(path):
+        np.savez(file, **arrays)
 
 
 class NpzFile:

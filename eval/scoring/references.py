@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, load_tensors, numpy_classes, sha256_file, write_npz
+from eval.scoring.files import NpzFile, load_tensors, numpy_classes, write_npz
 from eval.scoring.metrics import MetricOptions, Statistics
 from eval.scoring.options import ADM, CIFAR10_SPLITS, DIGITS
 from eval.scoring.sources import ImagesSource, images_from_array, read_images
@@ -25,6 +25,7 @@ from eval.scoring.threads import interruptible
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, NumericsError, UserError
+from meanflow.files import sha256_file
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.run_folder import RunFolder
 

@@ -13,7 +13,6 @@ import torch
 
 from eval.scoring.evaluate import Cost, evaluate
 from eval.scoring.extractors import INCEPTION_FLOPS, Extractor, Options, affordable, create, dims_of, prefetch
-from eval.scoring.files import read_json, write_json
 from eval.scoring.metrics import MetricOptions, frechet
 from eval.scoring.options import INCEPTION, NAMED
 from eval.scoring.protocol import Request, table
@@ -22,10 +21,11 @@ from eval.scoring.sources import Sampling, sample_flops, targets_of
 from eval.scoring.threads import interruptible
 from meanflow.data import LatentsConfig
 from meanflow.errors import AssetError, UserError
+from meanflow.files import read_json, sha256_file, write_json
 from meanflow.logs import log
 from meanflow.precision import exact_float32
 from meanflow.random import generator
-from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
+from meanflow.training.checkpoint import Checkpoint, checkpoint_path
 from meanflow.training.config import RunConfig
 from meanflow.training.model import codec_of, open_checkpoint
 from meanflow.training.processes import DistributedContext, run_on_rank0
@@ -89,7 +89,7 @@ def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: 
     path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", config.sample.uint8)
     ema, steps = repr(config.ema.eval), config.eval.steps
-    targets = targets_of(path, checkpoint, file_sha256(path), ema, steps, sampling, ctx.device)
+    targets = targets_of(path, checkpoint, sha256_file(path), ema, steps, sampling, ctx.device)
     request = _request(run, config, _extractor(config, ctx), recipe_reference(config))
     return evaluate(request, targets, ctx) or []
 

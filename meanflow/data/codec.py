@@ -4,7 +4,6 @@ A codec gives the mean and the standard deviation of an image's latent as the VA
 network sees is (mean + std·noise)·scale, and that is also what `decode` takes.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 from meanflow.precision import exact_float32
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs, which brings their latents to about unit variance
@@ -140,18 +140,6 @@ def local_weights(vae: str) -> Path | None:
     """The weights of a VAE in a local folder; None if `vae` is not one."""
     path = Path(os.path.expanduser(vae)) / WEIGHTS
     return path if os.path.exists(path) else None
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex. Raises AssetError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    except OSError as error:
-        raise AssetError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()
 
 
 def load_autoencoder(name: str, folder: Path) -> Any:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of, sha256_file
+from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of
 from meanflow.data.dataset import SPLITS
-from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest, sha256_json
+from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file, sha256_json
 from meanflow.logs import progress_bar
 
 SOURCES = ("folder", "digits")

@@ -38,12 +38,11 @@ from meanflow.data.shards import (
     read_manifest,
     read_plan,
     remove_leftovers,
-    sha256_json,
     shard_entry,
-    write_atomically,
     write_manifest,
 )
 from meanflow.errors import AssetError, ConfigError, write_errors_named
+from meanflow.files import sha256_json, write_bytes
 from meanflow.logs import log, progress_bar
 
 SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
@@ -236,7 +235,7 @@ def _begun_plan(folder: Path, requested: Plan, rank: int) -> Plan:
     """The plan that the folder was begun with; `requested` if it is new. Raises ConfigError where they differ."""
     path = folder / PLAN
     if not path.exists():
-        write_atomically(path, json.dumps(asdict(requested), indent=1).encode(), rank)
+        write_bytes(path, json.dumps(asdict(requested), indent=1).encode(), rank, sync=True)
     begun = read_plan(path)
     old, new = begun.identity(), requested.identity()
     if begun.codec["sha256"] != requested.codec["sha256"]:  # named, since checksums say little

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint, file_sha256, load_tensors
+from meanflow.training.checkpoint import FORMAT, Checkpoint, load_tensors
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.run_folder import environment
 from unet import UNet
@@ -164,7 +165,7 @@ def _meta(content: dict[str, Any], config: RunConfig, path: Path) -> dict[str, A
     tree = settings.to_tree(config)
     tree["description"] = "the official PyTorch release's CIFAR-10 checkpoint"
     epoch = content.get("epoch")
-    origin = {"file": path.name, "sha256": file_sha256(path), "epoch": epoch if isinstance(epoch, int) else None}
+    origin = {"file": path.name, "sha256": sha256_file(path), "epoch": epoch if isinstance(epoch, int) else None}
     return {
         "format": FORMAT,
         "step": step,
