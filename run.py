@@ -18,6 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from eval.scoring.options import Parser, add_device, add_set
 from meanflow.errors import IncompleteError, UserError, run_main
 
 HERE = Path(__file__).resolve().parent
@@ -112,17 +113,13 @@ def listing() -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("", __doc__)
     parser.add_argument("recipe", help="a recipe's name, a YAML file, or resume")
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="with resume: the run folder")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
-    )
+    add_set(parser)
     parser.add_argument("--out", type=Path, help="run folder (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and speed, and stop")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(parser)
     args = parser.parse_args(argv)
     if args.recipe == "resume":
         if args.folder is None or args.out is not None:

@@ -24,6 +24,7 @@ from eval.scoring.options import (
     METRICS,
     NAMED,
     Parser,
+    add_device,
     count,
     counts,
     grid,
@@ -117,7 +118,7 @@ def _common(out: Parser) -> None:
     group.add_argument("--weights", type=path, help="Inception weights (torch-fidelity's cache)")
     group.add_argument("--allow-weights", action="store_true", help="accept weights of an unknown hash")
     group.add_argument("--offline", action="store_true", help="never download anything")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(group)
     group.add_argument("--batch", type=count, default=64, help="images at a time (64)")
     group.add_argument("--cache", type=path, help="keep features of references in this folder (small ones, with --out)")
     group.add_argument("--data", type=path, default=Path("data"), help="where CIFAR-10 lives (data)")
@@ -127,13 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point. Raises UserError and its kin for `run_main` to print."""
     args = parse(sys.argv[1:] if argv is None else argv)
 
-    from meanflow.training.processes import leaving_distributed
+    from meanflow.training.processes import leaving_distributed, start_distributed
 
     # Schedulers send SIGTERM: keep what is done, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with leaving_distributed():
-            return args.work(args)
+            return args.work(args, start_distributed(args.device))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -145,7 +146,7 @@ def _interrupt(signum, frame):
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _score(args: argparse.Namespace) -> int:
+def _score(args: argparse.Namespace, ctx) -> int:
     from eval.scoring.evaluate import evaluate
     from eval.scoring.metrics import MetricOptions
     from eval.scoring.protocol import Request, table
@@ -156,7 +157,6 @@ def _score(args: argparse.Namespace) -> int:
     from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
     from meanflow.training.run_folder import RunFolder
 
-    ctx = _start(args)
     given = {name: str(value) for name, value in vars(args).items() if name != "work"}
     assert_same_on_all_ranks(ctx, given, "arguments")
     config, out = _config_of_reference(args), Path("eval-results")
@@ -190,7 +190,7 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_ref(args: argparse.Namespace) -> int:
+def _make_ref(args: argparse.Namespace, ctx) -> int:
     import shutil
 
     from eval.scoring.features import Cache, prepare
@@ -199,7 +199,6 @@ def _make_ref(args: argparse.Namespace) -> int:
     from eval.scoring.threads import interruptible
     from meanflow.files import make_folder
 
-    ctx = _start(args)
     extractor, real = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)
     if real.images is None:
         raise UserError(f"--ref {args.ref} is statistics already: give images")
@@ -215,20 +214,11 @@ def _make_ref(args: argparse.Namespace) -> int:
     return 0
 
 
-def _selftest(args: argparse.Namespace) -> int:
+def _selftest(args: argparse.Namespace, ctx) -> int:
     from eval.scoring.evaluate import selftest
     from eval.scoring.extractors import Options
 
-    ctx = _start(args)
     return selftest(Options(ctx.device, args.weights, False, args.allow_weights), args.data, args.cache, ctx)
-
-
-def _start(args: argparse.Namespace):
-    """The distributed context. Raises UserError for a device that is not here."""
-    from meanflow.training.model import device_of
-    from meanflow.training.processes import start_distributed
-
-    return start_distributed(device_of(args.device).type)
 
 
 def _config_of_reference(args: argparse.Namespace):

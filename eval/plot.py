@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eval.scoring.options import Parser, check_out, path
+from eval.scoring.options import Parser, add_out, check_out, path
 from meanflow.errors import UserError, run_main
 
 
@@ -12,10 +12,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--x", choices=("step", "images", "seconds"), default="step", help="horizontal axis (step)")
     parser.add_argument("--smooth", type=float, default=0.02, help="width of the running mean, of the run's (0.02)")
-    parser.add_argument(
-        "--out", type=path, help="the PNG or PDF to write (RUN/curves.png; of several RUN/curves-A-B.png, in the first)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_out(parser, "the PNG or PDF to write (RUN/curves.png; of several RUN/curves-A-B.png, in the first)")
     args = parser.parse_args(argv)
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth must be in [0, 1), got {args.smooth}")

@@ -4,7 +4,6 @@ The same ready uint8 images pass through torch-fidelity's loop and through ours 
 evaluation), alternately, with the same Inception. Without real weights, random ones serve: they take as long.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from eval.scoring.extractors import INCEPTION, Options, create, find_inception_weights
 from eval.scoring.features import extract_features
+from eval.scoring.options import Parser, add_device, count, path
 from eval.scoring.sources import ImagesSource
 from meanflow.errors import AssetError, run_main
 from meanflow.training.processes import start_distributed
@@ -57,12 +57,12 @@ def random_inception(path: Path, seed: int = 0) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bash run.sh throughput", description=__doc__)
-    parser.add_argument("--n", type=int, default=256, help="images a round (256)")
-    parser.add_argument("--batch", type=int, default=32, help="images at a time, for both (32)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts (3)")
-    parser.add_argument("--weights", type=Path, help="Inception weights (torch-fidelity's cache, else random)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    parser = Parser("throughput", __doc__.partition(": ")[2])
+    parser.add_argument("--n", type=count, default=256, help="images a round (256)")
+    parser.add_argument("--batch", type=count, default=32, help="images at a time, for both (32)")
+    parser.add_argument("--rounds", type=count, default=3, help="rounds, of which the median counts (3)")
+    parser.add_argument("--weights", type=path, help="Inception weights (torch-fidelity's cache, else random)")
+    add_device(parser)
     args = parser.parse_args(argv)
     ctx = start_distributed(args.device)
     images = torch.randint(0, 256, (args.n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

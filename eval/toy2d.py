@@ -8,16 +8,14 @@ import argparse
 import time
 from pathlib import Path
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, add_set, path
 from meanflow.errors import run_main, write_errors_named
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("toy2d", __doc__.partition(": ")[2])
     parser.add_argument("recipe", type=path, help="recipes/figures/toy2d.yaml, which bash run.sh toy2d gives by itself")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
-    )
+    add_set(parser)
     parser.add_argument("--out", type=path, help="folder for the picture and the numbers (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size and speed, and stop")
     return parser.parse_args(argv)

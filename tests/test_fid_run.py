@@ -193,7 +193,7 @@ sys.exit(run_main(main))
         (["--batch", "0"], 2, "argument --batch: give a whole number of 1 or more"),
         (["--samples", "also.zip"], 2, "one of them"),
         (["--weights", "none.pth"], 3, "--weights none.pth: no such file"),  # though pixels need none
-        (["--device", "cuda"], 2, "PyTorch sees no GPU"),
+        (["--device", "cuda"], 2, "PyTorch sees 0"),
         (["--colour"], 2, "unrecognized arguments: --colour"),
     ],
 )

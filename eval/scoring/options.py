@@ -24,10 +24,27 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog=f"bash run.sh {command}", description=description, **options)
+        super().__init__(prog=f"bash run.sh {command}".strip(), description=description, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# --- options of several commands ---------------------------------------------------------------------------------
+
+
+def add_device(parser, what: str = "compute") -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=f"where to {what} (CUDA where there is one)")
+
+
+def add_set(parser, what: str = "override settings") -> None:
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help=what)
+
+
+def add_out(parser, what: str) -> None:
+    """--out FILE and --overwrite; see `check_out`."""
+    parser.add_argument("--out", type=path, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
 # --- types of options: they raise ArgumentTypeError ---------------------------------------------------------------

@@ -27,7 +27,7 @@ from meanflow.precision import exact_float32
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path
 from meanflow.training.config import RunConfig
-from meanflow.training.model import codec_of, open_checkpoint
+from meanflow.training.model import codec_of, device_of, open_checkpoint
 from meanflow.training.processes import DistributedContext, run_on_rank0
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
@@ -74,8 +74,7 @@ def cost_line(config: RunConfig) -> str:
     m = SIZES.get((data.source, data.split), 0) if not named and getattr(data, "path", None) is None else 0
     flops = sum(sample_flops(config, count) for count in steps) * n
     flops += INCEPTION_FLOPS * (n * len(steps) + m) * (name == INCEPTION)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device)
+    line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device_of(None))
     lines = [f"{line}{'' if m or named else ', besides the training images'}", *warnings]
     return "\n".join(f"{label:<18}{text}" for label, text in zip(["scoring", ""], lines, strict=False))
 
