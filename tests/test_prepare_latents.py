@@ -343,7 +343,7 @@ def test_the_command(images, whole, command, launch, tmp_path):
     "options, code, text",
     [
         (("--images", "x"), 2, "--images, --out and --vae are needed"),
-        (("--images", "x", "--out", "y", "--shard", 0), 2, "--shard must be at least 1"),
+        (("--images", "x", "--out", "y", "--shard", 0), 2, "argument --shard: give a whole number of 1 or more"),
         pytest.param(
             ("--images", "x", "--out", "y", "--device", "cuda"),
             *(2, "PyTorch sees no GPU here"),

@@ -32,8 +32,9 @@ from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from meanflow.training.config import EmaConfig, OptimConfig
 from meanflow.training.divergence import Guard
-from meanflow.training.metrics import MetricsLog, StepSums, read_metrics, rewind_metrics
+from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
 from meanflow.training.processes import DistributedContext, GradientSum
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import StopRequest
 from meanflow.training.state import Ema, fresh_state, learning_rate, make_optimizer

@@ -6,9 +6,7 @@ from pathlib import Path
 from eval.tables import SCALES
 from meanflow.errors import ConfigError, UserError
 from meanflow.training import settings
-from meanflow.training.config import RunConfig, load_config
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from meanflow.training.config import RECIPES, RunConfig, load_config
 
 
 @dataclass(frozen=True)

@@ -69,14 +69,14 @@ class Latents:
     """N memory-mapped latents; a process reads from the page cache, which all processes of a machine share.
 
     shape: (C, h, w). labels: int64 (N,), in 0 … len(class_names) − 1. scale: what mean + std·noise is multiplied by.
-    codec: name and sha256 of what encoded them. sha256: of all content. skipped: images left out as unreadable.
+    codec: name and sha256 of what encoded them. sha256: of all content.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises AssetError for labels that are missing or do not belong to the manifest."""
         plan = manifest.plan
         self.shape, self.scale, self.codec = plan.shape, plan.scale, dict(plan.codec)
-        self.class_names, self.image_size, self.skipped = plan.classes, plan.image_size, len(manifest.skipped)
+        self.class_names, self.image_size = plan.classes, plan.image_size
         self.labels = _read_labels(folder / LABELS, manifest)
         contents = [[shard.sha256 for shard in manifest.shards], manifest.labels_sha256]
         self.sha256 = sha256_json([plan.identity(), contents])

@@ -11,8 +11,8 @@ from torch import Tensor
 from meanflow.dual.number import (
     Dual,
     broadcast_dual,
+    check_inner,
     dual,
-    inner,
     matching_rows,
     no_rule,
     rule,
@@ -153,6 +153,7 @@ OF_ONE = {
     torch.tanh: lambda dx, x, y: aten.tanh_backward(dx, y),
     torch.sigmoid: lambda dx, x, y: aten.sigmoid_backward(dx, y),
     torch.clamp: lambda dx, x, y, min=None, max=None: torch.where(x == y, dx, 0),
+    torch.clip: lambda dx, x, y, min=None, max=None: torch.where(x == y, dx, 0),
     torch.clamp_min: lambda dx, x, y, min: torch.where(x == y, dx, 0),
     torch.clamp_max: lambda dx, x, y, max: torch.where(x == y, dx, 0),
     F.relu: lambda dx, x, y, inplace=False: aten.threshold_backward(dx, y, 0),
@@ -187,8 +188,6 @@ def _of_one(operation: Callable, tangent: Callable) -> Callable:
 
 for _operation, _tangent in OF_ONE.items():
     rule(_operation.__name__)(_of_one(_operation, _tangent))
-for _name in ("clip",):
-    rule(_name)(_of_one(torch.clamp, OF_ONE[torch.clamp]))
 
 
 @rule("prelu")
@@ -205,8 +204,7 @@ def prelu(x: Dual, weight: Tensor) -> Dual:
 @rule("glu")
 def glu(x: Dual, dim: int = -1) -> Dual:
     """y = a σ(b) with a and b the two halves of x."""
-    if not inner(x, dim):
-        raise no_rule("glu over the batch dimension")
+    check_inner("glu", x, dim)
 
     def tangent() -> Tensor:
         (a, b), (da, db) = x.primal_rows.chunk(2, dim), x.tangent.chunk(2, dim)

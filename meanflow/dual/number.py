@@ -222,6 +222,12 @@ def inner(x: Dual, *dims: int | None) -> bool:
     return bool(dims) and all(dim is not None and dim % x.ndim > 0 for dim in dims)
 
 
+def check_inner(name: str, x: Dual, *dims: int | None) -> None:
+    """Raises NoTangentRule unless `inner`."""
+    if not inner(x, *dims):
+        raise no_rule(f"{name} over the batch dimension")
+
+
 def linear(operation: Callable, keeps_batch: Callable[..., bool] = lambda *_, **__: True) -> Callable:
     """The rule of an operation that is linear in its first argument: the tangent goes through the same operation.
 

@@ -38,15 +38,11 @@ LINEAR = {
     "repeat_interleave": lambda x, repeats, dim=None: inner(x, dim),
     "tril": lambda x, diagonal=0: x.ndim > 2,
     "triu": lambda x, diagonal=0: x.ndim > 2,
-    "contiguous": lambda x, memory_format=None: True,
-    "clone": lambda x, memory_format=None: True,
-    "float": lambda x: True,
-    "double": lambda x: True,
-    "half": lambda x: True,
-    "bfloat16": lambda x: True,
 }
 for _name, _keeps_batch in LINEAR.items():
     rule(_name)(linear(getattr(Tensor, _name), _keeps_batch))
+for _name in ("contiguous", "clone", "float", "double", "half", "bfloat16"):
+    rule(_name)(linear(getattr(Tensor, _name)))
 
 
 def _resizing(name: str) -> Callable:
@@ -108,7 +104,7 @@ def gather(x: Dual, dim: int, index: Tensor) -> Dual:
     return dual(x.value.gather(dim, index), lambda: x.tangent.gather(dim, index[: x.rows]))
 
 
-def _join(name: str, operation: Callable, more_dims: int) -> None:
+def _join(name: str, operation: Callable, more_dims: bool) -> None:
     @rule(name, any_operand=True)
     def apply(tensors: list, dim: int = 0) -> Dual:
         like = next(x for x in tensors if isinstance(x, Dual))
@@ -122,10 +118,8 @@ def _join(name: str, operation: Callable, more_dims: int) -> None:
         return dual(operation([value_of(x) for x in tensors], dim), tangent)
 
 
-for _name in ("cat", "concat", "concatenate"):
-    _join(_name, torch.cat, more_dims=0)
-for _name in ("stack",):
-    _join(_name, torch.stack, more_dims=1)
+for _name in ("cat", "concat", "concatenate", "stack"):
+    _join(_name, getattr(torch, _name), more_dims=_name == "stack")
 
 
 # What has derivative zero, or is no tensor at all, is computed from the value. `detach` is so for torch.func.jvp too.

@@ -17,7 +17,6 @@ from meanflow.objectives import Loss
 from meanflow.training.divergence import NotFinite
 from meanflow.training.processes import DistributedContext
 from meanflow.training.records import BLOCK, parse_line
-from meanflow.training.records import read_metrics as read_metrics
 
 
 class StepSums:

@@ -21,7 +21,7 @@ from meanflow.errors import AssetError, ConfigError
 from meanflow.files import sha256_file
 from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint, load_tensors
-from meanflow.training.config import RunConfig, load_config
+from meanflow.training.config import RECIPES, RunConfig, load_config
 from meanflow.training.run_folder import environment
 from unet import UNet
 from unet.layers import RESAMPLE_TAPS
@@ -29,7 +29,6 @@ from unet.layers import RESAMPLE_TAPS
 WEIGHTS = "net"
 EMAS = {"net_ema": 0.9999, "net_ema1": 0.99995, "net_ema2": 0.9996}
 COUNTER = "num_updates"
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE_OF = {"v0": "cifar10", "v1": "cifar10_v1"}  # by the release's name of its time sampler
 LOOKED_FOR = (
     *("objective.times.sampler", "objective.times.ratio", "train.steps", "optim.warmup_steps", "optim.lr"),
