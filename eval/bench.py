@@ -1,6 +1,6 @@
 """`bash run.sh bench [RECIPE …]`: how fast a training step is on this machine, and against what.
 
-Every step is timed in turns with the others, so that a machine that is not quiet slows all of them alike; figures
+Steps are timed in turns, so that other load on the machine slows all of them alike; figures
 are medians over the rounds with their quartiles, and ratios are taken round by round. Peak memory is that of a
 separate process.
 """

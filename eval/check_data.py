@@ -1,6 +1,6 @@
-"""`bash run.sh check_data PATH`: all that is wrong with a folder, zip or tar of images, and how to repair it.
+"""`bash run.sh check_data PATH`: all faults of a folder, zip or tar of images, and how to repair them.
 
-Exit code 0 if the images can be trained on as they are, 3 if not.
+Exit code 0 if the images can be trained on, 3 if not.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def printable(text: str) -> str:
-    """Names come from anywhere."""
+    """For names, which may hold any character."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

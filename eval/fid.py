@@ -35,16 +35,16 @@ from eval.scoring.options import (
 from meanflow.errors import AssetError, UserError, run_main
 
 EXIT_CODES = """exit codes:
-  0 done   2 usage or things that do not fit together   3 a file, the weights, the disk or memory is missing
+  0 done   2 usage or options that do not fit together  3 a file, the weights, the disk or memory is missing
   4 unusable statistics or samples that are not finite  5 interrupted, --resume continues
 Under torchrun the launcher reports a failed process by its own exit code 1."""
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------
+# --- arguments ---------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Raises UserError for what is wrong already without PyTorch, which takes seconds to import."""
+    """Raises UserError for mistakes that can be found without PyTorch, which takes seconds to import."""
     name = argv[0] if argv and argv[0] in PARSERS else ""
     args = PARSERS[name]().parse_args(argv[1:] if name else argv)
     if args.weights is not None and not args.weights.is_file():
@@ -71,7 +71,7 @@ def _score_parser() -> Parser:
     how = out.add_argument_group("how")
     how.add_argument("--ref", type=reference, help=f"{REFERENCES} (the recipe's: mostly its training images)")
     how.add_argument("--metrics", type=metrics, default=("fid",), help=f"comma-separated of {', '.join(METRICS)} (fid)")
-    # torchrun takes --n for an abbreviation of its own, even behind the module's name.
+    # torchrun takes --n for an abbreviation of one of its options, even after the module's name.
     number = f"number of samples ({FULL_N}; --samples: all, up to that); under torchrun write --count"
     how.add_argument("--n", "--count", type=count, help=number)
     how.add_argument("--steps", type=counts, help="network evaluations a sample (NFE), comma-separated (1)")

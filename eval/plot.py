@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_out(curves: Path, names: list[str]) -> Path:
-    """One run's own picture, or another beside it for a comparison, which never replaces it."""
+    """curves.png of a single run; another name beside it for a comparison."""
     if len(names) == 1:
         return curves
-    together = "-".join(name.replace("/", "-") for name in names)
-    return curves.with_name(f"{curves.stem}-{together[:100]}{curves.suffix}")
+    joined = "-".join(name.replace("/", "-") for name in names)
+    return curves.with_name(f"{curves.stem}-{joined[:100]}{curves.suffix}")
 
 
 if __name__ == "__main__":

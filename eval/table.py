@@ -1,7 +1,7 @@
 """`bash run.sh table FILE …`: a table of the paper, its rows trained, scored and set beside the paper's.
 
-Rows are run one after the other; what is done is skipped and what was stopped continues, and a row that several
-tables share is one run. `bash run.sh table1a` is `bash run.sh table recipes/tables/table1a.yaml`.
+Rows are run one after the other; finished ones are skipped, interrupted ones continue, and a row that several tables
+share is one run. `bash run.sh table1a` is `bash run.sh table recipes/tables/table1a.yaml`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`bash run.sh toy2d`: Figures 2 and 3 for real, on a mixture in the plane whose v is known.
+"""`bash run.sh toy2d`: Figures 2 and 3, computed on a mixture in the plane whose v is known.
 
 Trains u(z, r, t) with the kit's objective, then writes `toy2d.png` and `numbers.json`: how far u is from the truth, and
 what one step and many make of it and of the instantaneous velocity v.

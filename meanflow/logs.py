@@ -14,7 +14,7 @@ log = logging.getLogger("meanflow")
 
 
 class _Console(logging.Handler):
-    """INFO to stdout, as it is; warnings to stderr, with their level. Asks for the streams at each line."""
+    """INFO to stdout, unchanged; warnings to stderr, with their level. The streams are looked up at each line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING

@@ -71,7 +71,7 @@ def files_of(*steps: int) -> list[str]:
 # --- there and back --------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     """By this package and without it: tensors and JSON; the JSON beside the file describes it."""
     folder = tmp_path / "new" / "folder"
     (path,) = save(folder, 7)

@@ -155,7 +155,7 @@ def test_ctrl_c_is_answered_in_the_middle_of_arithmetic():
     release.set()
 
 
-def test_the_process_ends_cleanly_though_a_thread_computes_still():
+def test_the_process_ends_cleanly_while_a_thread_computes():
     """Unloading numpy's libraries under it would crash, with another exit code."""
     program = """
 import atexit, os, signal, sys, threading, time
@@ -222,7 +222,7 @@ except SystemExit:
         assert all(name in done.stdout for name in ("inception-v3-compat", "pixels", "thumbnails", "digits"))
 
 
-def test_paths_that_cannot_be(run, tmp_path, capsys, monkeypatch):
+def test_impossible_paths(run, tmp_path, capsys, monkeypatch):
     """One line and exit 3 (or 2 where another kind of file is meant), on every option that takes a path."""
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
@@ -284,7 +284,7 @@ def test_samples_need_a_reference_and_enough_images(tmp_path, capsys):
 # --- as the recipe says ------------------------------------------------------------------------------------------
 
 
-def test_score_run_uses_what_is_there(tmp_path):
+def test_score_run_uses_existing_results(tmp_path):
     config = tiny_config(**EMAS, eval__samples=30, eval__steps=[1, 2], eval__batch=16, sample__uint8="floor")
     run, _ = tiny_run(tmp_path / "run", config)
     first = score.score_run(run, config, ALONE)

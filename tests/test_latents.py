@@ -62,7 +62,7 @@ def test_random_access_is_a_plain_lookup(prepared):
     assert len(np.unique(expected[:, 0])) > 10
 
 
-def test_what_is_read_is_a_copy_and_no_file_is_held_open(prepared):
+def test_reading_copies_and_holds_no_file_open(prepared):
     before, open_files = contents(prepared), len(os.listdir("/proc/self/fd"))
     latents, one, as_it_is = open_latents(prepared, digits(prepared)), torch.tensor([5]), torch.tensor([False])
     assert len(os.listdir("/proc/self/fd")) == open_files

@@ -569,7 +569,7 @@ def test_a_line_is_one_step_also_where_blocks_of_lines_are_read(tmp_path, odd):
 
 
 @pytest.mark.parametrize("block", [1, 7, 50, 10**6])
-def test_a_file_is_rewound_whatever_the_blocks_that_are_read(tmp_path, monkeypatch, block):
+def test_a_file_is_rewound_with_any_size_of_block(tmp_path, monkeypatch, block):
     monkeypatch.setattr(metrics, "BLOCK", block)
     file = tmp_path / "metrics.jsonl"
     for ending in ("", '{"step": 9'):

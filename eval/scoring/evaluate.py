@@ -48,7 +48,7 @@ def evaluate(
         if all(found):
             return found if ctx.is_main else None
     if progress:
-        for warning in warnings if request.resume != "reuse" else ():  # the job has said so before training
+        for warning in warnings if request.resume != "reuse" else ():  # the job logs them before training
             log.warning(warning)
         line = cost_of(request, targets).line(request.extractor.name, request.extractor.device, ctx.world)
         log.info(f"scoring {line}")
@@ -205,7 +205,7 @@ def cost_of(request: Request, targets: list[EvalTarget]) -> Cost:
     return Cost(n, m, len(targets), max(dims[layer] for layer in request.layers), flops)
 
 
-# --- is this installation's FID the usual one? -------------------------------------------------------------------
+# --- self-test ---------------------------------------------------------------------------------------------------
 
 
 def selftest(options: Options, data: Path, cache: Path | None, ctx: DistributedContext) -> int:

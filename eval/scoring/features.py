@@ -68,7 +68,7 @@ def extract_features(
     mine = missing[ctx.rank :: ctx.world]
     with bar, exact_float32(), closing(each(extract, mine, extractor.device)) as counts:
         for count in counts:
-            # The processes keep pace with each other: one's batch stands for a batch of each.
+            # The processes keep pace with each other: a batch here is a batch on each of them.
             bar.update(min(count * ctx.world, source.n - bar.n))
     ctx.barrier()
     return interruptible(lambda: _merge(work, pieces, layers), extractor.device) if ctx.is_main else None

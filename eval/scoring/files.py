@@ -90,7 +90,7 @@ def load_tensors(path: Path, classes: tuple = ()) -> object:
         raise AssetError(f"{path}: no such file") from None
     except AssetError:
         raise
-    except Exception as error:  # torch.load has no error of its own: zip, pickle, runtime
+    except Exception as error:  # torch.load raises errors of zip, pickle and the runtime
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Unsupported" in line), lines[0] if lines else "")
         raise AssetError(

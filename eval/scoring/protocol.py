@@ -1,4 +1,4 @@
-"""What is recorded beside a number, so that it can be made again: the protocol, its hash, the result file.
+"""What is recorded with a score, so that it can be reproduced: the protocol, its hash, the result file.
 
 A result is JSON: `schema` (the layout's version), `status` ("complete" or "incomplete"), `metrics`, `comparable`,
 `protocol` (all that the numbers depend on), `subject` (which run, step, checkpoint), `circumstances` (what they do not
@@ -108,7 +108,7 @@ def open_work(root: Path, protocols: dict[str, dict], resume: str) -> Path:
 
 
 def up_to_date(path: Path, protocol: dict) -> dict | None:
-    """The complete result at `path` if it was made under this very protocol."""
+    """The complete result at `path` if it was made under the same protocol."""
     if not path.exists():
         return None
     found = read_json(path)

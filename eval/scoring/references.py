@@ -3,7 +3,7 @@
 A file is judged by what it holds. Every common layout is read: `mu, sigma` (EDM, pytorch-fid and `make-ref`),
 `mu, sigma, mu_s, sigma_s, arr_0` (ADM, whose 10,000 images serve precision and recall only), `ref_mu, ref_sigma` (the
 JAX release), `arr_0` alone (images), torch-fidelity's cached `.pt`, a folder, zip or tar of images, and a run folder,
-which stands for the images it was trained on.
+which means the images it was trained on.
 """
 
 import datetime
@@ -69,9 +69,9 @@ class Reference:
 def open_reference(spec: str, data_root: Path, allow_download: bool) -> Reference:
     """Open `--ref`: a name in `options.NAMED`, or a path. Statistics are validated; nothing is extracted.
 
-    What a name stands for is looked for in `data_root`, and fetched there if `allow_download`.
+    Named references are looked for in `data_root`, and downloaded there if `allow_download`.
 
-    Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError otherwise.
+    Raises AssetError for missing or damaged files, NumericsError for unusable statistics, UserError otherwise.
     """
     if spec == DIGITS:
         return reference_of_images(digits("train").images, spec)
@@ -119,7 +119,7 @@ def recipe_reference(config: RunConfig, allow_download: bool = True) -> Referenc
 
 
 def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
-    """A run's own training images, as they are: not flipped, not augmented.
+    """A run's training images, neither flipped nor augmented.
 
     Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded), and UserError for latents of
     image files, of which the images are not kept.

@@ -164,7 +164,7 @@ def recipe_extractor(config: RunConfig, options: Options, metrics: tuple[str, ..
 
 
 def _extractor(config: RunConfig, ctx: DistributedContext) -> Extractor:
-    """Rank 0 downloads what is missing before the others look."""
+    """Rank 0 downloads missing weights before the others open them."""
     options = Options(ctx.device, allow_download=True)
     run_on_rank0(ctx, lambda: prefetch(config.eval.extractor, options))
     return recipe_extractor(config, options, METRICS)

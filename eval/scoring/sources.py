@@ -152,7 +152,7 @@ class Sampling:
 
 
 class GeneratedSource:
-    """Samples of a network: sample k is a function of (seed, k, times, weights) whatever the batch or process.
+    """Samples of a network: sample k is a function of (seed, k, times, weights), not of the batch or process.
 
     weights: what identifies them, for `describe`. times: the time grid, descending from 1 to 0.
     """

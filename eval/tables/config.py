@@ -38,7 +38,7 @@ class PaperConfig:
 class ScaleConfig:
     """What a row trains at one scale: full (the paper's), gpu (one card, an hour a table), cpu (two cores, minutes)."""
 
-    base: str  # a recipe's name; {folder} stands for the row's
+    base: str  # a recipe's name; {folder} is replaced by the row's
     set: tuple[str, ...] = ()  # changes to it, before the row's
     each: tuple[tuple[str, ...], ...] | None = None  # further changes, a list for each row, after the row's
     seeds: tuple[int, ...] = (0,)

@@ -115,16 +115,10 @@ def to_network_range(images: Tensor) -> Tensor:
 
 
 def open_codec(vae: str, device: torch.device | str, decode_precision: str, decode_batch: int) -> Codec:
-    """The codec that `data.vae` names.
+    """The codec that `data.vae` names: "space-to-depth", a folder in diffusers' layout, or a name on the HF hub.
 
-    Args:
-        vae: "space-to-depth", a local folder in diffusers' layout, or a name on the Hugging Face hub.
-        device: where it encodes and decodes.
-        decode_precision: "fp32" or "bf16" (autocast), of the decoder; encoding is always float32.
-        decode_batch: images decoded at once.
-
-    Raises:
-        AssetError: diffusers or the weights are missing, or the weights are damaged, of another kind or scale.
+    decode_precision: "fp32" or "bf16" (autocast) of the decoder; encoding is always float32. Raises AssetError where
+    diffusers or the weights are missing, or the weights are damaged or of another kind or scale.
     """
     if vae == SPACE_TO_DEPTH:
         return SpaceToDepth(device)

@@ -25,8 +25,7 @@ PRECISIONS = ("fp32", "bf16")
 class LatentsConfig:
     """Which images become latents, where these are kept, and how samples become images again.
 
-    Raises:
-        ValueError: a field is out of range; the message begins with the field's name.
+    Raises ValueError, naming the field, when one is out of range.
     """
 
     kind: Literal["latents"]
@@ -88,17 +87,10 @@ class Latents:
         return len(self.labels)
 
     def read(self, indices: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of some images, unscaled.
+        """Mean and standard deviation of the latents of some images, unscaled: float16 (n, C, h, w), on the CPU.
 
-        Args:
-            indices: int64 (n,) on the CPU, 0 … N − 1.
-            mirror: bool (n,) on the CPU: take the mirror image's latent.
-
-        Returns:
-            mean and std, float16 (n, C, h, w), contiguous, on the CPU.
-
-        Raises:
-            IndexError: an index out of range.
+        indices (n,) int64, 0 … N − 1, and mirror (n,) bool (take the mirror image's latent), both on the CPU. Raises
+        IndexError for an index out of range.
         """
         numbers = indices.numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
@@ -113,16 +105,10 @@ class Latents:
 
 
 def open_latents(folder: Path, config: LatentsConfig, shape: tuple[int, int, int] | None = None) -> Latents:
-    """Open prepared latents. Sizes and the manifest are checked, contents are not: that is `verify`'s.
+    """Open prepared latents. Sizes and the manifest are checked; `verify` checks contents.
 
-    Args:
-        folder: where the manifest is.
-        config: the recipe's settings, which the latents must have been made with.
-        shape: (C, h, w) that the network expects; None: any.
-
-    Raises:
-        AssetError: no manifest, or a damaged one; a shard that is truncated, missing or foreign, by name.
-        ConfigError: a manifest of another version; latents of another source, split, VAE, image size, scale or shape.
+    shape: (C, h, w) that the network expects; None: any. Raises AssetError for a manifest or shard that is missing,
+    damaged or foreign, and ConfigError for latents made with other settings than `config` or of another version.
     """
     folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
@@ -185,7 +171,7 @@ def refuse_faults(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: Path) -> Latents:
-    """Compare every checksum of prepared latents, whatever they were made with; reads all of it.
+    """Verify every checksum of prepared latents, made with any settings. Reads all of them.
 
     Raises AssetError naming what is damaged.
     """

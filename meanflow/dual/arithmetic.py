@@ -111,7 +111,7 @@ def _of_operands(name: str, tangent: Callable) -> None:
 
 
 def _larger(d: list, p: list) -> Tensor:
-    """Where both are equal the derivative is the mean of theirs, as PyTorch has it."""
+    """Where both are equal the derivative is the mean of theirs, as in PyTorch."""
     return torch.where(p[0] == p[1], (d[0] + d[1]) / 2, torch.where(p[0] > p[1], d[0], d[1]))
 
 
@@ -216,7 +216,7 @@ def glu(x: Dual, dim: int = -1) -> Dual:
 
 @rule("dropout")
 def dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
-    """The tangent meets the value's own mask, which is the one that F.dropout draws from the same seed."""
+    """The tangent takes the value's mask, which is the one that F.dropout draws from the same seed."""
     if not training or p == 0:
         return input
     value, mask = torch.native_dropout(input.value, p, True)

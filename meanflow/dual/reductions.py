@@ -1,4 +1,4 @@
-"""Rules of what reduces dimensions: sums, extrema, norms, softmax, normalisation."""
+"""Rules of reductions and normalisation: sums, extrema, norms, softmax, layers such as group norm."""
 
 import math
 from collections import namedtuple
@@ -61,7 +61,7 @@ def _reduction(name: str, weight: Callable) -> None:
 
 
 def _where_equal(x: Tensor, y: Tensor, dim: int | tuple) -> Tensor:
-    """Several maxima share alike, as PyTorch has it."""
+    """Equal maxima share the derivative equally, as in PyTorch."""
     equal = x == y
     return equal / equal.sum(dim, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""Rules of what moves, selects and joins entries, and of what depends on a tensor's shape or comparisons alone."""
+"""Rules of operations that move, select or join entries, or that depend on shapes and comparisons alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +91,7 @@ def getitem(x: Dual, index: Any) -> Dual:
 
 
 def _dims_taken(part: Any) -> int:
-    """How many dimensions an entry of an index stands for."""
+    """How many dimensions an entry of an index consumes."""
     if isinstance(part, Tensor) and part.dtype == torch.bool:
         return part.ndim
     return int(part is not None and part is not ...)
@@ -122,7 +122,7 @@ for _name in ("cat", "concat", "concatenate", "stack"):
     _join(_name, getattr(torch, _name), more_dims=_name == "stack")
 
 
-# What has derivative zero, or is no tensor at all, is computed from the value. `detach` is so for torch.func.jvp too.
+# Operations with zero derivative, or whose result is not a tensor. `detach` has zero derivative in torch.func.jvp too.
 CONSTANT = (
     *("dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),

@@ -1,4 +1,4 @@
-"""What a step trains on, as a function of (seed, step) alone.
+"""The batches of a step, as a function of (seed, step) alone.
 
 Everything random is drawn for the *global* batch and each process takes its rows, so image order, noise and (r, t)
 of every sample are the same on any number of processes and in a resumed run. Only dropout masks depend on
@@ -161,8 +161,9 @@ class LatentFeed:
         noise = torch.randn(shape, generator=random, device=self.device)
 
         def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            here, own = rows.to(self.device, non_blocking=True), (rows - mine.start).to(self.device, non_blocking=True)
-            return (mean[own] + std[own] * noise[here]) * self.latents.scale, {}
+            local = (rows - mine.start).to(self.device, non_blocking=True)
+            rows = rows.to(self.device, non_blocking=True)
+            return (mean[local] + std[local] * noise[rows]) * self.latents.scale, {}
 
         return take
 

@@ -296,7 +296,7 @@ def config_from_tree(tree: Any, source: str) -> RunConfig:
 
 
 def upgraded(tree: Any) -> Any:
-    """The tree of a recipe or run of an earlier version in today's layout; others as they are.
+    """The tree of a recipe or run of an earlier version in today's layout; others are returned unchanged.
 
     A setting that is newer than a run is absent from its config.yaml and takes its default, so a default must be what
     runs did before the setting existed. Where that is not the best value for new runs, the recipes say so.
@@ -304,7 +304,7 @@ def upgraded(tree: Any) -> Any:
     if not isinstance(tree, dict) or not {"times", "loss"} <= tree.keys():
         return tree
     if not all(isinstance(tree.get(key), dict) for key in ("times", "loss", "train")):
-        return tree  # `build` says what is wrong with it
+        return tree  # `build` raises the error
     times, loss, train = dict(tree["times"]), dict(tree["loss"]), dict(tree["train"])
     if "share" in times:
         times["stratified"] = times.pop("share") != "per_sample"
@@ -360,5 +360,5 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
 
 
 def _assignment(key: str, value: Any) -> str:
-    """As it can be pasted behind --set."""
+    """In a form that can be pasted after --set."""
     return shlex.quote(f"{key}={settings.shown(value)}")

@@ -72,7 +72,7 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
 
 
 def due(every: int | None, step: int) -> bool:
-    """Whether what is done every so many steps is done after `step` of them."""
+    """Whether something to do every `every` steps (None: never) is due after `step` steps."""
     return every is not None and step > 0 and step % every == 0
 
 

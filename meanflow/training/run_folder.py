@@ -1,4 +1,4 @@
-"""A run folder describes itself: the commands of `eval/` need only its path."""
+"""The run folder. It describes itself: the commands of `eval/` need only its path."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Being asked to stop: finish the step, save, exit with a code that says why."""
+"""Requests to stop: finish the step, save, and exit with a code that says why."""
 
 import signal
 import sys
