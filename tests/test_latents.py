@@ -237,7 +237,7 @@ def test_verify_finds_a_flipped_bit(made):
 @pytest.mark.parametrize(
     "field, value",
     [
-        *(("kind", "images"), ("source", "cifar10"), ("split", "val"), ("decode_precision", "fp16"), ("flip", 1)),
+        *(("source", "cifar10"), ("split", "val"), ("decode_precision", "fp16")),
         *(("images", ""), ("latents", ""), ("vae", ""), ("image_size", 0), ("decode_batch", 0)),
         ("images", "somewhere"),  # with digits
     ],

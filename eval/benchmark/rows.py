@@ -216,8 +216,7 @@ def _without_classes(config: RunConfig) -> RunConfig:
 
 
 def _random_data(config: RunConfig, folder: Path) -> Dataset | Latents:
-    model = config.model
-    shape = (model.channels, model.image_size, model.image_size)
+    shape = config.z_shape
     if isinstance(config.data, LatentsConfig):
         write_random_latents(folder, IMAGES, shape=shape)
         return verify(folder)
@@ -230,7 +229,7 @@ def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
     network, device = state.network.eval(), plan.device
     model = Model(network, config, plan.recipe, WEIGHTS, {}, None)
     labels = torch.arange(plan.batch) % config.model.classes if config.model.classes else None
-    z = torch.randn(plan.batch, *model.shape, device=device).contiguous(memory_format=torch.channels_last)
+    z = torch.randn(plan.batch, *config.z_shape, device=device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(device)}
     t, r = torch.ones(plan.batch, device=device), torch.zeros(plan.batch, device=device)
 

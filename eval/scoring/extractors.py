@@ -131,7 +131,7 @@ def dims_of(name: str, shape: tuple[int, int, int]) -> int:
 def affordable(name: str, shape: tuple[int, int, int]) -> tuple[str, tuple[str, ...]]:
     """The extractor to use where a recipe says `name` and images are of `shape` (C, H, W); a line if it is another."""
     numbers = math.prod(shape)
-    if name not in (PIXELS, f"fd-{PIXELS}") or numbers <= PIXELS_UP_TO:
+    if name != PIXELS or numbers <= PIXELS_UP_TO:
         return name, ()
     return THUMBNAILS, (
         f"eval.extractor is {name}, but images of {shape[1]}×{shape[2]} are {numbers:,} numbers each, too many for a "
@@ -253,6 +253,5 @@ def thumbnails(options: Options, metrics: tuple[str, ...]) -> Extractor:
 FACTORIES: dict[str, Factory] = {
     INCEPTION: inception,
     PIXELS: pixels,
-    f"fd-{PIXELS}": pixels,
     THUMBNAILS: thumbnails,
 }

@@ -2,10 +2,7 @@
 
 import _codecs
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,52 +27,29 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
-class NpzFile:
-    """The arrays of an npz, read on demand and never unpickled (zip's own checksums are verified).
-
-    The file is open only while something is read, so that thousands may be at hand. Raises AssetError for a file
-    that is missing, damaged or holds pickled objects.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._opened() as arrays:
-            self.names = sorted(arrays.files)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                if not hasattr(arrays, "files"):
-                    raise AssetError(f"{self.path} is a bare array: save it with numpy.savez")
-                yield arrays
-        except FileNotFoundError:
-            raise AssetError(f"{self.path}: no such file") from None
-        except AssetError:
-            raise
-        except Exception as error:  # a damaged file raises nearly anything in the readers of zip and npy
-            text = " ".join(str(error).split())[:160] or type(error).__name__
-            reason = "it holds pickled objects, which are never loaded" if "pickle" in text else text
-            raise AssetError(f"{self.path} is not a readable npz file: {reason}") from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        with self._opened() as arrays:
-            for info in arrays.zip.infolist():
-                if info.filename in (name, f"{name}.npy"):
-                    self._refuse_bomb(name, info.file_size, info.compress_size)
-            array = arrays[name]
-            if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no npy
-                raise AssetError(f"{self.path}: {name} is not an array")
-            return array
-
-    def _refuse_bomb(self, name: str, unpacked: int, packed: int) -> None:
-        if unpacked > max(ALWAYS_FINE, MAX_RATIO * packed):
-            raise AssetError(
-                f"{self.path}: {name} unpacks to {unpacked / 2**20:.0f} MB, more than {MAX_RATIO} times its size"
-            )
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz, never unpickled. Raises AssetError if it is missing, damaged, a bomb or holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise AssetError(f"{path} is a bare array: save it with numpy.savez")
+            for info in file.zip.infolist():
+                if info.file_size > max(ALWAYS_FINE, MAX_RATIO * info.compress_size):
+                    name, size = info.filename.removesuffix(".npy"), info.file_size / 2**20
+                    raise AssetError(f"{path}: {name} unpacks to {size:.0f} MB, more than {MAX_RATIO} times its size")
+            arrays = {name: file[name] for name in sorted(file.files)}
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except AssetError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything in the readers of zip and npy
+        text = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in text else text
+        raise AssetError(f"{path} is not a readable npz file: {reason}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no npy
+            raise AssetError(f"{path}: {name} is not an array")
+    return arrays
 
 
 def load_tensors(path: Path, classes: tuple = ()) -> object:

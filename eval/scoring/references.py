@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, load_tensors, numpy_classes, write_npz
+from eval.scoring.files import load_tensors, numpy_classes, read_npz, write_npz
 from eval.scoring.metrics import MetricOptions, Statistics
 from eval.scoring.options import ADM, CIFAR10_SPLITS, DIGITS
 from eval.scoring.sources import ImagesSource, images_from_array, read_images
@@ -146,8 +146,8 @@ def _of_images(images: ImagesSource, spec: str) -> Reference:
 
 
 def _from_npz(path: Path) -> Reference:
-    file = NpzFile(path)
-    digest, holds = sha256_file(path), ", ".join(file.names) or "nothing"
+    file = read_npz(path)
+    digest, holds = sha256_file(path), ", ".join(file) or "nothing"
     if "ref_mu" in file and "ref_sigma" in file:
         return Reference(str(path), digest, holds, validated(file["ref_mu"], file["ref_sigma"], str(path)))
     if "mu" not in file or "sigma" not in file:
@@ -170,14 +170,14 @@ def _from_npz(path: Path) -> Reference:
     return Reference(str(path), digest, holds, statistics, n=n, provenance=provenance, made_by=made_by)
 
 
-def _text(file: NpzFile, name: str, path: Path) -> str:
+def _text(file: dict[str, np.ndarray], name: str, path: Path) -> str:
     try:
         return str(file[name])
     except (SystemError, ValueError):  # numpy's text may hold what is no character
         raise AssetError(f"{path}: {name} is not a text") from None
 
 
-def _count(file: NpzFile, path: Path) -> int:
+def _count(file: dict[str, np.ndarray], path: Path) -> int:
     n = file["n"]
     if n.ndim or not np.issubdtype(n.dtype, np.integer):
         raise AssetError(f"{path}: n is not a whole number")

@@ -53,9 +53,6 @@ class DataConfig:
             raise ValueError(f"augment_p must lie in 0 … 1, not {self.augment_p}")
         if self.anisotropy not in ANISOTROPIES:
             raise ValueError(f"anisotropy must be one of {', '.join(ANISOTROPIES)}, not {self.anisotropy!r}")
-        for name in ("flip", "flip_unlabelled"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def augment_labels(self) -> int:
@@ -162,11 +159,6 @@ def _download_errors_named(archive: Path, url: str) -> Iterator[None]:
 @lru_cache(maxsize=2)  # a batch that crosses an epoch's border needs two
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator(seed, "order", epoch))
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order in which `epoch` (0, 1, …) visits n images: a permutation, int64 (n,), on the CPU."""
-    return _permutation(n, seed, epoch).clone()
 
 
 def batch_indices(n: int, seed: int, start: int, count: int) -> torch.Tensor:

@@ -40,8 +40,6 @@ class LatentsConfig:
     decode_batch: int = 32  # images decoded at once
 
     def __post_init__(self):
-        if self.kind != "latents":
-            raise ValueError(f"kind must be latents, not {self.kind!r}")
         for name, choices in (("source", SOURCES), ("split", SPLITS), ("decode_precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -55,8 +53,6 @@ class LatentsConfig:
         for name in ("image_size", "decode_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be true or false, not {self.flip!r}")
 
     @property
     def image_channels(self) -> int:

@@ -62,7 +62,7 @@ class BatchStream:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's samples of step `step` (from 0), in `micro_steps` parts; seeds dropout before each."""
-        seed, batch, model = self.config.seed, self.config.train.batch, self.config.model
+        seed, batch = self.config.seed, self.config.train.batch
         first = self.ctx.rank * self.local
         indices = batch_indices(len(self.feed), seed, step * batch, batch)
         take = self.feed.step(step, indices, slice(first, first + self.local))
@@ -70,8 +70,8 @@ class BatchStream:
         unconditional = None
         if self.config.guidance is not None:
             unconditional = drop_labels(r, t, self.config.guidance, generator(seed, "label drop", step))
-        shape = (batch, model.channels, model.image_size, model.image_size)
-        noise = torch.randn(shape, generator=generator(seed, "noise", step, device=self.device), device=self.device)
+        random = generator(seed, "noise", step, device=self.device)
+        noise = torch.randn(batch, *self.config.z_shape, generator=random, device=self.device)
 
         for micro, start in enumerate(range(first, first + self.local, self.micro)):
             rows = torch.arange(start, min(start + self.micro, first + self.local))

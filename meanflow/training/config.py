@@ -270,11 +270,16 @@ class RunConfig:
             )
 
     @property
+    def z_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network takes and makes."""
+        return self.model.channels, self.model.image_size, self.model.image_size
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that a sample becomes: decoded, where the network works on latents."""
         if isinstance(self.data, LatentsConfig):
             return self.data.image_channels, self.data.image_size, self.data.image_size
-        return self.model.channels, self.model.image_size, self.model.image_size
+        return self.z_shape
 
     @property
     def augment_labels(self) -> int:

@@ -73,7 +73,7 @@ def open_data(config: RunConfig, ctx: DistributedContext) -> Dataset | Latents:
     Raises UserError where the data cannot be read or do not fit the model.
     """
     if isinstance(config.data, LatentsConfig):
-        shape = (config.model.channels, config.model.image_size, config.model.image_size)
+        shape = config.z_shape
         prepare(config.data, ctx.rank, ctx.world, ctx.device, shape=shape, classes=config.model.classes)
         ctx.barrier()
         return open_latents(Path(config.data.latents), config.data, shape)
