@@ -3,7 +3,7 @@
 from typing import Any
 
 from eval.benchmark.clock import Spread
-from eval.benchmark.rows import Report, Row
+from eval.benchmark.rows import Report
 from meanflow.logs import aligned
 
 
@@ -24,15 +24,10 @@ def table(report: Report) -> str:
         rate = (f"{step.tflops_per_s:.3g}", f"{step.of_matrix_rate:.0%}")
         memory = "" if step.memory_mb is None else f"{step.memory_mb:,.0f}"
         steps.append((step.name, *_cells(step.seconds, "{:.3g}"), f"{step.images_per_s:.3g}", memory, *rate))
-    rows = [("figure", "measured", ""), *((row.name, *_row_cells(row)) for row in report.rows)]
+    forms = {row: "{:.1%}" if row.name.startswith("share") else "{:.2f}" for row in report.rows}
+    rows = [("figure", "measured", ""), *((row.name, *_cells(row.figure, form)) for row, form in forms.items())]
     return "\n".join([head, *aligned(steps, left=len(steps[0])), "", *aligned(rows, left=len(rows[0]))])
 
 
 def _cells(spread: Spread, form: str) -> tuple[str, str]:
     return form.format(spread.median), f"{form.format(spread.low)} – {form.format(spread.high)}"
-
-
-def _row_cells(row: Row) -> tuple[str, str]:
-    if row.figure is None:
-        return f"not measurable here: {row.missing}", ""
-    return _cells(row.figure, "{:.1%}" if row.name.startswith("share") else "{:.2f}")

@@ -55,7 +55,7 @@ class Report:
 
     @property
     def settings(self) -> str:
-        """What a recipe has to be told."""
+        """The settings that a recipe needs for these images."""
         size = f"model.image_size={self.size}" if self.size == 32 or self.size % 4 else size_settings(self.size)
         return f"{size} model.channels={self.channels} model.classes={len(self.classes)}"
 

@@ -20,9 +20,9 @@ from meanflow.errors import (
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
     EXIT_NUMERICS,
+    EXIT_TERMINATED,
     EXIT_USAGE,
 )
-from meanflow.training.signals import EXIT_TERMINATED
 
 SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in logging.flush_every steps
 EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED}

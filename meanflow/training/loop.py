@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from meanflow.errors import EXIT_TERMINATED
 from meanflow.logs import log, progress_bar
 from meanflow.training.checkpoint import prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig
@@ -11,7 +12,7 @@ from meanflow.training.metrics import StepSums
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import Training
-from meanflow.training.signals import EXIT_TERMINATED, StopRequest
+from meanflow.training.signals import StopRequest
 from meanflow.training.state import TrainState, learning_rate
 from meanflow.training.step import accumulate, update
 
