@@ -18,6 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from eval.scoring.options import Parser, add_device, add_set
 from meanflow.errors import IncompleteError, UserError, run_main
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"eval.{figure.stem}").main([str(figure), *rest])
     if name == "table" or table_files(name):
         table, words = importlib.import_module("eval.table"), [*map(str, table_files(name)), *rest]
-        table.parse(words)  # a mistake is known before processes start
+        table.parse(words)  # mistakes are reported before processes start
         if processes := launched(name):
             return launch(processes, argv)
         return table.main(words, job)
@@ -64,21 +65,21 @@ def commands() -> dict[str, str]:
 
 
 def table_files(name: str) -> list[Path]:
-    """The tables that `name` stands for: one, or with "tables" all of the paper's."""
+    """The files of the table called `name`, or of all the paper's for "tables"; empty if it is none."""
     if name == "tables":
         return sorted(TABLES.glob("table*.yaml")) + sorted(TABLES.glob("figure*.yaml")) + [TABLES / "jvp_overhead.yaml"]
     return [path] if (path := file_in(TABLES, name)) else []
 
 
 def file_in(folder: Path, name: str) -> Path | None:
-    """The YAML of `folder` that `name` names, by its stem or as a path to it; None if it is none of them."""
+    """The YAML file in `folder` that `name` (its stem, or a path to it) refers to; None if there is none."""
     file = Path(name).expanduser()
     path = folder / (f"{name}.yaml" if file.name == name and not file.suffix else file.name)
     return path if path.is_file() and (file.name == name or (file.exists() and file.samefile(path))) else None
 
 
 def recipe_file(name: str) -> Path:
-    """The recipe called `name`, or the file at it. Raises UserError, naming near ones, if there is none."""
+    """The recipe called `name`, or the file `name`. Raises UserError, with similar names, if there is none."""
     file = Path(name).expanduser()
     if file.suffix in (".yaml", ".yml") and file.is_file():
         return file
@@ -112,17 +113,13 @@ def listing() -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("", __doc__)
     parser.add_argument("recipe", help="a recipe's name, a YAML file, or resume")
     parser.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="with resume: the run folder")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
-    )
+    add_set(parser)
     parser.add_argument("--out", type=Path, help="run folder (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, parameters, memory and speed, and stop")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(parser)
     args = parser.parse_args(argv)
     if args.recipe == "resume":
         if args.folder is None or args.out is not None:
@@ -149,7 +146,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def launched(name: str) -> int:
     """How many processes to start: NPROC (a number, or "all" GPUs); 0 if this one does the work itself."""
     requested = os.environ.get("NPROC", "")
-    if "RANK" in os.environ or not requested or name == "jvp_overhead":  # that one is timed on its own
+    if "RANK" in os.environ or not requested or name == "jvp_overhead":  # which is timed in a single process
         return 0
     if requested == "all":
         import torch
@@ -248,7 +245,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
 
 
 def warn(config, ctx) -> None:
-    """Warn of what would otherwise show after a long run. Raises UserError for a run that can never be scored."""
+    """Warn of problems that would otherwise show after a long run. Raises UserError for a run that cannot be scored."""
     import torch
 
     from eval.scoring.score import preflight

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up Python, then hands over to run.py. From any folder; paths are meant from where you stand.
+# Sets up Python, then hands over to run.py. Works from any folder; relative paths are relative to the current one.
 #   bash run.sh                      list recipes, tables and commands
 #   bash run.sh RECIPE [options]     train (or continue), sample, score, plot: a recipe by name, or a YAML file
 #   bash run.sh resume RUN           continue a run folder under its own settings

@@ -1,1 +1,1 @@
-"""Reads run folders and checkpoints only: samples, scores, curves. Nothing imports it."""
+"""The commands that sample, score, plot, report and measure. Only run.py imports it."""

@@ -1,6 +1,6 @@
 """`bash run.sh bench [RECIPE …]`: how fast a training step is on this machine, and against what.
 
-Every step is timed in turns with the others, so that a machine that is not quiet slows all of them alike; figures
+Steps are timed in turns, so that other load on the machine slows all of them alike; figures
 are medians over the rounds with their quartiles, and ratios are taken round by round. Peak memory is that of a
 separate process.
 """
@@ -10,11 +10,13 @@ import json
 import platform
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from eval.benchmark import ROWS, SEPARATE
-from eval.scoring.options import Parser, count, path
+from eval.scoring.options import Parser, add_device, add_out, add_set, check_out, count, path
 from meanflow.errors import UserError, run_main
+from meanflow.files import write_text
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEFAULT = ("cifar10", "imagenet_b4")
@@ -31,18 +33,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "recipes", type=recipe, nargs="*", metavar="RECIPE", help=f"names or files ({' '.join(DEFAULT)})"
     )
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
-    )
+    add_set(parser)
     parser.add_argument("--batch", type=count, help="images a step (128 on a GPU; on a CPU 8, of latents 32)")
     parser.add_argument("--repeats", type=count, default=7, help="rounds, of which the median counts (7)")
     parser.add_argument("--precisions", help=f"{','.join(PRECISIONS)} (all that this device has)")
     parser.add_argument("--jvp", default="dual", help="dual, func, separate, with commas; the first one counts (dual)")
     parser.add_argument("--compile", metavar="MODES", help=f"{NONE}, or {', '.join(COMPILE_MODES)} (default on a GPU)")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"which figures ({','.join(ROWS)})")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
-    parser.add_argument("--out", type=path, help="a JSON file with everything, every round's seconds included")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_device(parser)
+    add_out(parser, "a JSON file with everything, every round's seconds included")
     args = parser.parse_args(argv)
     args.precisions = _names("--precisions", args.precisions, PRECISIONS) if args.precisions else None
     args.jvp, args.rows = _names("--jvp", args.jvp, (*METHODS, SEPARATE)), _names("--rows", args.rows, ROWS)
@@ -75,15 +74,15 @@ def main(argv: list[str] | None = None) -> int:
 
     from eval.benchmark.clock import cpu_has_bf16
     from eval.benchmark.rows import Plan, measure
-    from eval.benchmark.text import machine, table, tree
-    from eval.reports.files import check_out, write_text
+    from eval.benchmark.text import machine, table
     from meanflow.training.config import load_config
+    from meanflow.training.model import device_of
     from meanflow.training.run_folder import environment
 
     if args.out:
         check_out(args.out, args.overwrite)
-    cuda = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
-    device = torch.device("cuda" if cuda else "cpu")
+    device = device_of(args.device)
+    cuda = device.type == "cuda"
     here = ("tf32", "fp32", "bf16") if cuda else ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
     modes = args.compile or (("default",) if cuda else NONE)
     reports = []
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n\n".join([machine(where), *(table(report) for report in reports)]))
     if args.out:
         command = shlex.join(["bash", "run.sh", "bench", *(sys.argv[1:] if argv is None else argv)])
-        found = {"command": command, "machine": where, "reports": [tree(report) for report in reports]}
+        found = {"command": command, "machine": where, "reports": [asdict(report) for report in reports]}
         write_text(args.out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return 0
 

@@ -1,6 +1,6 @@
-"""`bash run.sh check_data PATH`: all that is wrong with a folder, zip or tar of images, and how to repair it.
+"""`bash run.sh check_data PATH`: all faults of a folder, zip or tar of images, and how to repair them.
 
-Exit code 0 if the images can be trained on as they are, 3 if not.
+Exit code 0 if the images can be trained on, 3 if not.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 
+from eval.scoring.options import Parser, count
 from meanflow.errors import EXIT_ASSET, run_main
 
 KINDS = ("unreadable", "size", "mode", "depth", "loose", "empty")
@@ -42,22 +43,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh check_data", description=__doc__)
+    parser = Parser("check_data", __doc__.partition(": ")[2])
     parser.add_argument("path", help="folder, zip or tar of images, in class folders or none")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="where it has both (train)")
-    parser.add_argument("--size", type=int, help="pixels a side to check for (the most common one)")
+    parser.add_argument("--size", type=count, help="pixels a side to check for (the most common one)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 is grey, 3 is RGB (3 unless most are grey)")
     parser.add_argument("--list", choices=KINDS, help="print nothing but the names of one group, one a line")
-    args = parser.parse_args(argv)
-    if not args.path:
-        parser.error("the path is empty")
-    if args.size is not None and args.size < 1:
-        parser.error(f"--size must be at least 1, not {args.size}")
-    return args
+    return parser.parse_args(argv)
 
 
 def printable(text: str) -> str:
-    """Names come from anywhere."""
+    """For names, which may hold any character."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

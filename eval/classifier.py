@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.scoring.options import Parser, count, path
+from eval.scoring.options import Parser, add_device, count, path
 from meanflow.errors import run_main
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")
     parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
     parser.add_argument("--seed", type=int, default=0, help="of labels and noise (0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to sample (CUDA where there is one)")
+    add_device(parser, "sample")
     args = parser.parse_args(argv)
 
     from eval.scoring.classifier import accuracy_file, classifier_accuracy, write_accuracy

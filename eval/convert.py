@@ -3,15 +3,18 @@
 The folder then serves sample, fid and the rest; the optimiser's state is not taken over.
 """
 
-import argparse
 import os
-from pathlib import Path
 
+from eval.scoring.options import Parser, path
 from meanflow.errors import AssetError, UserError, run_main, write_errors_named
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    parser = Parser("convert", __doc__.partition(": ")[2])
+    parser.add_argument("file", type=path, help="checkpoint of the official PyTorch release")
+    parser.add_argument("run", type=path, help="run folder to make; it must not exist yet")
+    args = parser.parse_args(argv)
+
     from meanflow.training.checkpoint import load_checkpoint, save_checkpoint
     from meanflow.training.config import config_from_tree, config_to_yaml
     from meanflow.training.official import read_official
@@ -26,22 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder(args.run)
     config = config_from_tree(checkpoint.meta["config"], str(args.file))
     with write_errors_named(args.run):
-        path = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
+        saved = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
         run.config_file.write_text(config_to_yaml(config), encoding="utf-8")
-    print(f"{args.file} → {path}, with EMAs {', '.join(checkpoint.ema)}")
+    print(f"{args.file} → {saved}, with EMAs {', '.join(checkpoint.ema)}")
     origin = checkpoint.meta["origin"]
     print(f"read from its args: {', '.join(f'{key}={value}' for key, value in origin['args'].items()) or 'nothing'}")
     print(f"as in the recipe {origin['recipe']}: {', '.join(origin['assumed']) or 'nothing looked for'}, and the rest")
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash run.sh convert", description=__doc__)
-    parser.add_argument("file", help="checkpoint of the official PyTorch release")
-    parser.add_argument("run", help="run folder to make; it must not exist yet")
-    args = parser.parse_args(argv)
-    args.file, args.run = (Path(os.path.expanduser(path)) for path in (args.file, args.run))
-    return args
 
 
 if __name__ == "__main__":

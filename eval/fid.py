@@ -24,6 +24,7 @@ from eval.scoring.options import (
     METRICS,
     NAMED,
     Parser,
+    add_device,
     count,
     counts,
     grid,
@@ -34,16 +35,16 @@ from eval.scoring.options import (
 from meanflow.errors import AssetError, UserError, run_main
 
 EXIT_CODES = """exit codes:
-  0 done   2 usage or things that do not fit together   3 a file, the weights, the disk or memory is missing
+  0 done   2 usage or options that do not fit together  3 a file, the weights, the disk or memory is missing
   4 unusable statistics or samples that are not finite  5 interrupted, --resume continues
 Under torchrun the launcher reports a failed process by its own exit code 1."""
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------
+# --- arguments ---------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Raises UserError for what is wrong already without PyTorch, which takes seconds to import."""
+    """Raises UserError for mistakes that can be found without PyTorch, which takes seconds to import."""
     name = argv[0] if argv and argv[0] in PARSERS else ""
     args = PARSERS[name]().parse_args(argv[1:] if name else argv)
     if args.weights is not None and not args.weights.is_file():
@@ -70,7 +71,7 @@ def _score_parser() -> Parser:
     how = out.add_argument_group("how")
     how.add_argument("--ref", type=reference, help=f"{REFERENCES} (the recipe's: mostly its training images)")
     how.add_argument("--metrics", type=metrics, default=("fid",), help=f"comma-separated of {', '.join(METRICS)} (fid)")
-    # torchrun takes --n for an abbreviation of its own, even behind the module's name.
+    # torchrun takes --n for an abbreviation of one of its options, even after the module's name.
     number = f"number of samples ({FULL_N}; --samples: all, up to that); under torchrun write --count"
     how.add_argument("--n", "--count", type=count, help=number)
     how.add_argument("--steps", type=counts, help="network evaluations a sample (NFE), comma-separated (1)")
@@ -117,7 +118,7 @@ def _common(out: Parser) -> None:
     group.add_argument("--weights", type=path, help="Inception weights (torch-fidelity's cache)")
     group.add_argument("--allow-weights", action="store_true", help="accept weights of an unknown hash")
     group.add_argument("--offline", action="store_true", help="never download anything")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(group)
     group.add_argument("--batch", type=count, default=64, help="images at a time (64)")
     group.add_argument("--cache", type=path, help="keep features of references in this folder (small ones, with --out)")
     group.add_argument("--data", type=path, default=Path("data"), help="where CIFAR-10 lives (data)")
@@ -127,13 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point. Raises UserError and its kin for `run_main` to print."""
     args = parse(sys.argv[1:] if argv is None else argv)
 
-    from meanflow.training.processes import leaving_distributed
+    from meanflow.training.processes import leaving_distributed, start_distributed
 
     # Schedulers send SIGTERM: keep what is done, as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with leaving_distributed():
-            return args.work(args)
+            return args.work(args, start_distributed(args.device))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -145,18 +146,17 @@ def _interrupt(signum, frame):
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _score(args: argparse.Namespace) -> int:
+def _score(args: argparse.Namespace, ctx) -> int:
     from eval.scoring.evaluate import evaluate
     from eval.scoring.metrics import MetricOptions
     from eval.scoring.protocol import Request, table
     from eval.scoring.references import recipe_reference
     from eval.scoring.sources import EvalTarget, Sampling, read_images, targets_of
-    from meanflow.training.checkpoint import file_sha256
+    from meanflow.files import sha256_file
     from meanflow.training.model import config_of, open_checkpoint
     from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
     from meanflow.training.run_folder import RunFolder
 
-    ctx = _start(args)
     given = {name: str(value) for name, value in vars(args).items() if name != "work"}
     assert_same_on_all_ranks(ctx, given, "arguments")
     config, out = _config_of_reference(args), Path("eval-results")
@@ -170,7 +170,7 @@ def _score(args: argparse.Namespace) -> int:
         config = config_of(file, checkpoint)
         sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise or config.sample.uint8)
         steps, grids = args.steps or (() if args.grid else (1,)), tuple(args.grid)
-        digest = file_sha256(file)
+        digest = sha256_file(file)
         targets = targets_of(file, checkpoint, digest, args.ema, steps, sampling, ctx.device, grids)
         run = RunFolder(what if what.is_dir() else file.parent.parent)
         out = run.eval if run.config_file.exists() else out
@@ -190,16 +190,15 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_ref(args: argparse.Namespace) -> int:
+def _make_ref(args: argparse.Namespace, ctx) -> int:
     import shutil
 
     from eval.scoring.features import Cache, prepare
-    from eval.scoring.files import make_folder
     from eval.scoring.metrics import MetricOptions, Statistics
     from eval.scoring.references import check_reference, write_reference
     from eval.scoring.threads import interruptible
+    from meanflow.files import make_folder
 
-    ctx = _start(args)
     extractor, real = _extractor(args, ("fid",), _config_of_reference(args), ctx), _reference(args, ctx)
     if real.images is None:
         raise UserError(f"--ref {args.ref} is statistics already: give images")
@@ -215,20 +214,11 @@ def _make_ref(args: argparse.Namespace) -> int:
     return 0
 
 
-def _selftest(args: argparse.Namespace) -> int:
+def _selftest(args: argparse.Namespace, ctx) -> int:
     from eval.scoring.evaluate import selftest
     from eval.scoring.extractors import Options
 
-    ctx = _start(args)
     return selftest(Options(ctx.device, args.weights, False, args.allow_weights), args.data, args.cache, ctx)
-
-
-def _start(args: argparse.Namespace):
-    """The distributed context. Raises UserError for a device that is not here."""
-    from meanflow.training.model import device_of
-    from meanflow.training.processes import start_distributed
-
-    return start_distributed(device_of(args.device).type)
 
 
 def _config_of_reference(args: argparse.Namespace):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, add_out, check_out, path
 from meanflow.errors import UserError, run_main
 
 
@@ -12,10 +12,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--x", choices=("step", "images", "seconds"), default="step", help="horizontal axis (step)")
     parser.add_argument("--smooth", type=float, default=0.02, help="width of the running mean, of the run's (0.02)")
-    parser.add_argument(
-        "--out", type=path, help="the PNG or PDF to write (RUN/curves.png; of several RUN/curves-A-B.png, in the first)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_out(parser, "the PNG or PDF to write (RUN/curves.png; of several RUN/curves-A-B.png, in the first)")
     args = parser.parse_args(argv)
     if not 0 <= args.smooth < 1:
         raise UserError(f"--smooth must be in [0, 1), got {args.smooth}")
@@ -25,7 +22,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from eval.reports.curves import plot  # here: NumPy and matplotlib take a second to import
-    from eval.reports.files import check_out
     from eval.reports.read import run_names
     from meanflow.training.run_folder import RunFolder
 
@@ -39,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_out(curves: Path, names: list[str]) -> Path:
-    """One run's own picture, or another beside it for a comparison, which never replaces it."""
+    """curves.png of a single run; another name beside it for a comparison."""
     if len(names) == 1:
         return curves
-    together = "-".join(name.replace("/", "-") for name in names)
-    return curves.with_name(f"{curves.stem}-{together[:100]}{curves.suffix}")
+    joined = "-".join(name.replace("/", "-") for name in names)
+    return curves.with_name(f"{curves.stem}-{joined[:100]}{curves.suffix}")
 
 
 if __name__ == "__main__":

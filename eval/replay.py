@@ -10,7 +10,7 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, add_device, path
 from meanflow.errors import AssetError, ConfigError, run_main
 from meanflow.logs import log
 
@@ -25,7 +25,7 @@ SHOWN = 10  # lines of each list
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("replay", __doc__.partition(": ")[2])
     parser.add_argument("file", type=path, metavar="FILE", help="RUN/failures/STEP.json, or a checkpoint's JSON")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(parser)
     args = parser.parse_args(argv)
     args.file = args.file.with_suffix(".pt")
     if not args.file.is_file():

@@ -6,8 +6,9 @@ A folder is a run's, or a table's (runs/tables-SCALE/NAME). Several runs are com
 import argparse
 import shlex
 
-from eval.scoring.options import Parser, count, counts, path
+from eval.scoring.options import Parser, add_device, add_out, check_out, count, counts, path
 from meanflow.errors import run_main
+from meanflow.files import write_text
 
 STEPS, COUNT = (1, 2, 8), 36
 
@@ -15,19 +16,17 @@ STEPS, COUNT = (1, 2, 8), 36
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("report", __doc__.partition(": ")[2])
     parser.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help="a run's or a table's")
-    parser.add_argument("--out", type=path, help="the HTML to write (report.html in the first folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_out(parser, "the HTML to write (report.html in the first folder)")
     parser.add_argument("--steps", type=counts, default=STEPS, help="NFEs of the sample grids (1,2,8)")
     parser.add_argument("--samples", type=count, default=COUNT, help=f"samples of each grid ({COUNT})")
     parser.add_argument("--no-samples", action="store_true", help="make no grids: quick, and needs no checkpoint")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to sample (CUDA where there is one)")
+    add_device(parser, "sample")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from eval.reports.files import check_out, write_text  # here: NumPy and matplotlib take a second to import
-    from eval.reports.page import Sampling, report
+    from eval.reports.page import Sampling, report  # here: NumPy and matplotlib take a second to import
 
     if args.out:
         check_out(args.out, args.overwrite)

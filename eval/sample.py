@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.scoring.options import Parser, count, grid, path, steps_name
+from eval.scoring.options import Parser, add_device, count, grid, path, steps_name
 from meanflow.errors import UserError, run_main
 
 
@@ -21,7 +21,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, default=256, help="samples at once (256)")
     parser.add_argument("--columns", type=count, help="columns of the grid (about square)")
     parser.add_argument("--quantise", choices=("round", "floor"), help="how to make uint8 (the recipe's sample.uint8)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(parser)
     names = "FILE.png (a grid), FILE.npz (arr_0, NHWC, and labels) or a new folder of PNGs"
     parser.add_argument("--out", type=path, help=f"{names} (RUN/samples/)")
     args = parser.parse_args(argv)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from eval.sampling.grid import captions, class_labels, columns_of, write
-    from eval.scoring.files import make_folder
+    from meanflow.files import make_folder
     from meanflow.logs import progress_bar
     from meanflow.training.model import generate, load, to_uint8
 

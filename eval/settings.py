@@ -4,16 +4,16 @@ The meaning is the comment on the field's line in the source, the range what the
 comes from the dataclasses.
 """
 
-import argparse
 import ast
 import inspect
 import re
 import textwrap
 from dataclasses import MISSING, Field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from meanflow.errors import run_main, write_errors_named
+from eval.scoring.options import Parser, path
+from meanflow.errors import run_main
+from meanflow.files import write_text
 from meanflow.training import settings
 from meanflow.training.config import CHANGEABLE, CHANGEABLE_ON_REQUEST, RECIPES, RunConfig, load_config
 
@@ -125,14 +125,13 @@ def _may_change(key: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bash run.sh settings", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write the page to this file, such as docs/settings.md")
+    parser = Parser("settings", __doc__.partition(": ")[2])
+    parser.add_argument("--out", type=path, help="write the page to this file, such as docs/settings.md")
     args = parser.parse_args(argv)
     if args.out is None:
         print(page(), end="")
         return 0
-    with write_errors_named(args.out):
-        args.out.write_text(page(), encoding="utf-8")
+    write_text(args.out, page())
     return 0
 
 

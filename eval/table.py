@@ -1,14 +1,14 @@
 """`bash run.sh table FILE …`: a table of the paper, its rows trained, scored and set beside the paper's.
 
-Rows are run one after the other; what is done is skipped and what was stopped continues, and a row that several
-tables share is one run. `bash run.sh table1a` is `bash run.sh table recipes/tables/table1a.yaml`.
+Rows are run one after the other; finished ones are skipped, interrupted ones continue, and a row that several tables
+share is one run. `bash run.sh table1a` is `bash run.sh table recipes/tables/table1a.yaml`.
 """
 
 import argparse
 import os
 from collections.abc import Callable
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, add_device, add_set, path
 from eval.tables import SCALES
 from meanflow.errors import UserError, run_main
 
@@ -21,13 +21,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", help="only these, by number or folder (1,3 or r0,default); the table has no others")
     parser.add_argument("--seeds", help="instead of the scale's own: 0,1,2")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override in every row"
-    )
+    add_set(parser, "override in every row")
     parser.add_argument("--out", type=path, help="folder for run folders and tables (runs/tables-SCALE)")
     parser.add_argument("--dry-run", action="store_true", help="print each run's changes, size and cost, and stop")
     parser.add_argument("--tflops", type=float, help="of a GPU, for --dry-run (97)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (CUDA where there is one)")
+    add_device(parser)
     args = parser.parse_args(argv)
     if args.tflops is not None and not (args.dry_run and 0 < args.tflops < float("inf")):
         raise UserError(f"--tflops {args.tflops} must be > 0 and belongs to --dry-run")

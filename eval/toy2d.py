@@ -1,4 +1,4 @@
-"""`bash run.sh toy2d`: Figures 2 and 3 for real, on a mixture in the plane whose v is known.
+"""`bash run.sh toy2d`: Figures 2 and 3, computed on a mixture in the plane whose v is known.
 
 Trains u(z, r, t) with the kit's objective, then writes `toy2d.png` and `numbers.json`: how far u is from the truth, and
 what one step and many make of it and of the instantaneous velocity v.
@@ -8,16 +8,14 @@ import argparse
 import time
 from pathlib import Path
 
-from eval.scoring.options import Parser, path
+from eval.scoring.options import Parser, add_set, path
 from meanflow.errors import run_main, write_errors_named
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("toy2d", __doc__.partition(": ")[2])
     parser.add_argument("recipe", type=path, help="recipes/figures/toy2d.yaml, which bash run.sh toy2d gives by itself")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help="override settings"
-    )
+    add_set(parser)
     parser.add_argument("--out", type=path, help="folder for the picture and the numbers (runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="print settings, size and speed, and stop")
     return parser.parse_args(argv)
@@ -27,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     import torch  # here, as the rest: it takes seconds to import
 
-    from eval.scoring.files import write_json
     from eval.toy.measure import closing_table, distances, errors, in_float64
     from eval.toy.mixture import Mixture
     from eval.toy.plot import draw
     from eval.toy.train import Toy2dConfig, Training
+    from meanflow.files import write_json
     from meanflow.training import settings
     from meanflow.training.config import config_to_yaml
     from meanflow.training.state import count_parameters

@@ -8,7 +8,7 @@ The rest is imported where it is needed: `meanflow.objectives`, `meanflow.traini
 from typing import Any
 
 __all__ = ["load", "meanflow_loss", "sample"]
-_HOMES = {
+_MODULES = {
     "load": "meanflow.training.model",
     "meanflow_loss": "meanflow.objectives.meanflow",
     "sample": "meanflow.sampling",
@@ -17,8 +17,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imported at first use, so that `import meanflow.errors` stays quick."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'meanflow' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
 """Errors that the user can fix: one line each, with a documented exit code.
 
-A traceback is for bugs; whatever a user can cause is a `UserError`. Entry points catch it, print its single
-line to stderr and exit with `exit_code`. The table of codes is in the README.
+A traceback means a bug; anything that a user can cause is a `UserError`. Entry points print its single line to stderr
+and exit with `exit_code`. The table of codes is in docs/troubleshooting.md.
 """
 
 import os
@@ -17,6 +17,7 @@ EXIT_ASSET = 3
 EXIT_NUMERICS = 4
 EXIT_INCOMPLETE = 5
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class UserError(Exception):
@@ -49,7 +50,7 @@ class IncompleteError(UserError):
 
 @contextmanager
 def write_errors_named(path: Path) -> Iterator[None]:
-    """Raises AssetError, naming `path`, where the disk refuses what is done inside."""
+    """Turns an OSError raised inside into an AssetError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -66,7 +67,7 @@ def run_main(main: Callable[[list[str] | None], int | None], argv: list[str] | N
     try:
         return main(argv) or 0
     except UserError as error:
-        line = "".join(c if c.isprintable() else "�" for c in " ".join(str(error).split()))  # names come from anywhere
+        line = "".join(c if c.isprintable() else "�" for c in " ".join(str(error).split()))  # of file names
         print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

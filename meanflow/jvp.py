@@ -1,7 +1,7 @@
-"""u and du/dt together: for which rows, by which method, compiled or not.
+"""u and du/dt: for which rows, by which method, compiled or not.
 
-An objective calls `jvp(u, (z, r, t), (dz, dr, dt), rows=…, **cond)` and need not know more. Rows that need no
-derivative are moved behind the others, so that a tangent covers the first n rows of a batch only.
+An objective calls `jvp(u, (z, r, t), (dz, dr, dt), rows=…, **cond)`. Rows that need no derivative are moved behind the
+others, so that tangents cover the first n rows of a batch only.
 """
 
 import functools
@@ -151,7 +151,7 @@ class CompiledDual:
 
 
 class _ValueAndTangent(nn.Module):
-    """What is exported: the network, whose parameters the graph shares, called by way of `u`."""
+    """The module to export: `u` on dual numbers. Its parameters are those of `network`."""
 
     def __init__(self, network: nn.Module, u: Network, dr: float, dt: float):
         super().__init__()
@@ -166,7 +166,7 @@ def _compile(module: nn.Module, inputs: tuple, mode: str) -> Callable:
 
 
 def plain_operations(module: nn.Module, inputs: tuple) -> nn.Module:
-    """What `module` does with these inputs, without dual numbers; it shares `module`'s parameters."""
+    """`module` traced on these inputs into plain tensor operations; it shares the parameters of `module`."""
     exported = torch.export.export(module, inputs, strict=False)
     checked = "check_guards" in inspect.signature(exported.module).parameters  # not in PyTorch 2.8
     return exported.module(check_guards=False) if checked else exported.module()

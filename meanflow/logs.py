@@ -1,7 +1,8 @@
-"""What a user sees while something works: log lines and progress bars."""
+"""What a user sees: log lines, progress bars, durations and tables."""
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ log = logging.getLogger("meanflow")
 
 
 class _Console(logging.Handler):
-    """INFO to stdout, as it is; warnings to stderr, with their level. Asks for the streams at each line."""
+    """INFO to stdout, unchanged; warnings to stderr, with their level. The streams are looked up at each line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -43,3 +44,14 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+def aligned(rows: list[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines with the first `left` columns to the left and the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,4 +1,4 @@
-"""Arithmetic that does not depend on what the caller set: what is stored, compared or published uses no TF32."""
+"""Plain float32 regardless of the caller's settings, for numbers that are stored, compared or published."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Seeds that depend on what they are for, so that no two uses of one run's seed share a stream.
+"""Seeds derived from a run's seed and a purpose, so that no two purposes share a stream.
 
 Every random number of a run is a function of (seed, purpose, numbers): `generator(seed, "noise", step)` gives
 the same stream in a run that never stopped, in one that was resumed, and on any number of processes.
@@ -14,13 +14,8 @@ import torch
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     """Hash (seed, purpose, numbers) to an integer in [0, 2^63).
 
-    Args:
-        seed: the run's seed, any integer.
-        purpose: what the numbers are for, for instance "order" or "noise".
-        numbers: what they depend on besides, for instance epoch, step or rank. Any integers.
-
-    Raises:
-        TypeError: a number is not an integer (a float would make the seed depend on rounding).
+    purpose: such as "order" or "noise"; numbers: such as epoch, step or rank. Raises TypeError unless seed and numbers
+    are integers: a float would make the result depend on rounding.
     """
     # JSON is canonical for one string and integers: distinct arguments never give equal bytes.
     key = json.dumps([operator.index(seed), str(purpose), *map(operator.index, numbers)])

@@ -32,8 +32,9 @@ from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import PARTS, Checkpoint, list_checkpoints, load_checkpoint
 from meanflow.training.config import RunConfig
 from meanflow.training.loop import Evaluate, train
-from meanflow.training.metrics import StepSums, read_metrics
+from meanflow.training.metrics import StepSums
 from meanflow.training.processes import DistributedContext, GradientSum, leaving_distributed, start_distributed
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import set_up
 from meanflow.training.state import fresh_state

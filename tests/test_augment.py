@@ -171,7 +171,7 @@ def test_switches_do_not_move_the_other_draws():
     assert torch.equal(g.get_state(), h.get_state())
 
 
-def test_the_unlabelled_flip_mirrors_half_of_the_images_whatever_the_labels_say():
+def test_the_unlabelled_flip_mirrors_half_of_the_images_independently_of_labels():
     images = torch.randint(0, 256, (2000, 1, 8, 8), dtype=torch.uint8, generator=generator(0, "uint8"))
     rows = torch.arange(2000)
 
@@ -194,7 +194,7 @@ def test_the_unlabelled_flip_mirrors_half_of_the_images_whatever_the_labels_say(
     assert mirrored[label].float().mean().item() == pytest.approx(0.5, abs=0.06)
 
 
-def test_a_sample_depends_on_its_own_draw_only():
+def test_a_sample_depends_on_its_draw_only():
     images, whole = noise(64, 3, 16, 16), draw(64, 0.5, True, "official", generator(0, "slices"))
     together, labels = apply(images, whole)
     for part in (slice(32, 64), torch.tensor([3, 60, 8]), *(slice(k, k + 1) for k in range(64))):

@@ -15,13 +15,13 @@ import torch
 from running import differences
 
 from meanflow.errors import AssetError
+from meanflow.files import sha256_file
 from meanflow.training import checkpoint as module
 from meanflow.training.checkpoint import (
     FORMAT,
     PARTS,
     Checkpoint,
     checkpoint_path,
-    file_sha256,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -71,7 +71,7 @@ def files_of(*steps: int) -> list[str]:
 # --- there and back --------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_checkpoint_loads_as_it_was_saved(tmp_path):
     """By this package and without it: tensors and JSON; the JSON beside the file describes it."""
     folder = tmp_path / "new" / "folder"
     (path,) = save(folder, 7)
@@ -79,7 +79,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert_is(load_checkpoint(path), made(7))
     assert json.loads(torch.load(path, weights_only=True)["meta"]) == made(7).meta
     summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert summary == {"sha256": file_sha256(path), "bytes": path.stat().st_size, **made(7).meta}
+    assert summary == {"sha256": sha256_file(path), "bytes": path.stat().st_size, **made(7).meta}
     lone = Path(shutil.copy(path, tmp_path / "lone.pt"))
     assert_is(load_checkpoint(lone), made(7))
     save_checkpoint(folder, 7, made(2))

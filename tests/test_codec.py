@@ -8,8 +8,9 @@ import pytest
 import torch
 from latent_helpers import save_tiny_vae
 
-from meanflow.data.codec import SD_SCALE, open_codec, sha256_file
+from meanflow.data.codec import SD_SCALE, open_codec
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 
 SPACE_TO_DEPTH = ("space-to-depth", "cpu", "fp32", 4)
 
@@ -34,7 +35,7 @@ def test_space_to_depth_round_trip_is_exact(channels):
     assert torch.equal((127.5 * back + 128).to(torch.uint8), every)  # the evaluator's truncation
 
 
-def test_space_to_depth_keeps_each_2x2_block_together():
+def test_space_to_depth_turns_2x2_blocks_into_channels():
     image = some_images(1, 1, 8)
     mean, _ = open_codec(*SPACE_TO_DEPTH).encode(image)
     block = mean[0, :, 1, 2] * 127.5 + 127.5
@@ -85,7 +86,7 @@ def test_decoding_in_parts_and_in_bf16(vae):
     assert 0 < difference < 0.05 * whole.abs().max()
 
 
-def test_the_vae_computes_in_exact_float32_whatever_training_set(vae, monkeypatch):
+def test_the_vae_computes_in_exact_float32_despite_training_settings(vae, monkeypatch):
     codec, found = opened(vae), []
     for part in (codec.vae.encoder, codec.vae.decoder):
         part.register_forward_pre_hook(lambda *_: found.append(torch.backends.cudnn.allow_tf32))

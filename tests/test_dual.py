@@ -380,7 +380,7 @@ def test_what_has_no_rule_fails_loudly(call, message):
         call(Dual(g(B, 4), g(N, 4)))
     line = str(caught.value)
     assert isinstance(caught.value, UserError) and isinstance(caught.value, TypeError)
-    assert "train.jvp: func" in line and 'jvp="func"' in line and "docs/own-network.md" in line and "\n" not in line
+    assert "train.jvp: func" in line and 'method="func"' in line and "docs/own-network.md" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(

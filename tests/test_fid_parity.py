@@ -7,6 +7,7 @@ import functools
 import json
 import socket
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 
 from eval.scoring.extractors import INCEPTION, Options, create
 from eval.scoring.metrics import Statistics, frechet
-from eval.throughput import Images, random_inception
 from meanflow.precision import exact_float32
 
 Network = tf_inception.FeatureExtractorInceptionV3
@@ -39,6 +39,36 @@ OURS = {  # torch-fidelity's name → ours
     "recall": "recall",
     "f_score": "f_score",
 }
+
+
+class Images(torch.utils.data.Dataset):
+    """Images in memory, as torch-fidelity takes them."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return self.images[k]
+
+
+def random_inception(path: Path, seed: int = 0) -> None:
+    """Random weights in the layout that torch-fidelity loads, scaled so that features and logits stay lively."""
+    network_class = tf_inception.FeatureExtractorInceptionV3
+    with (
+        mock.patch.object(tf_inception, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(network_class, "load_state_dict"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        network = network_class(INCEPTION, ["2048"])
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+    nn.init.normal_(network.fc.weight, std=2.0, generator=generator)
+    torch.save(network.state_dict(), path)
 
 
 def blobs(n: int, contrast: float, seed: int) -> torch.Tensor:

@@ -90,7 +90,7 @@ def test_fewer_images_than_features(images, tmp_path):
     assert len(list((tmp_path / "out" / "references").glob("*-features.npz"))) == 1
 
 
-def test_make_ref_says_what_it_is_and_keeps_what_is_there(files, tmp_path, capsys):
+def test_make_ref_records_its_origin_and_keeps_existing_files(files, tmp_path, capsys):
     made = np.load(files["made"], allow_pickle=False)
     assert int(made["n"]) == M and str(made["extractor"]) == "pixels"
     assert "80 images of" in str(made["provenance"]) and "8×8" in str(made["provenance"])
@@ -109,7 +109,7 @@ def test_make_ref_says_what_it_is_and_keeps_what_is_there(files, tmp_path, capsy
 # --- what is kept of them ----------------------------------------------------------------------------------------
 
 
-def test_what_is_kept_goes_by_content_not_by_name(files, images, tmp_path):
+def test_the_cache_goes_by_content_not_by_name(files, images, tmp_path):
     same_name = tmp_path / "ref.npz"
     values = []
     for contents in (images["real"], images["fake"]):

@@ -155,7 +155,7 @@ def test_ctrl_c_is_answered_in_the_middle_of_arithmetic():
     release.set()
 
 
-def test_the_process_ends_cleanly_though_a_thread_computes_still():
+def test_the_process_ends_cleanly_while_a_thread_computes():
     """Unloading numpy's libraries under it would crash, with another exit code."""
     program = """
 import atexit, os, signal, sys, threading, time
@@ -193,7 +193,7 @@ sys.exit(run_main(main))
         (["--batch", "0"], 2, "argument --batch: give a whole number of 1 or more"),
         (["--samples", "also.zip"], 2, "one of them"),
         (["--weights", "none.pth"], 3, "--weights none.pth: no such file"),  # though pixels need none
-        (["--device", "cuda"], 2, "PyTorch sees no GPU"),
+        (["--device", "cuda"], 2, "PyTorch sees 0"),
         (["--colour"], 2, "unrecognized arguments: --colour"),
     ],
 )
@@ -222,7 +222,7 @@ except SystemExit:
         assert all(name in done.stdout for name in ("inception-v3-compat", "pixels", "thumbnails", "digits"))
 
 
-def test_paths_that_cannot_be(run, tmp_path, capsys, monkeypatch):
+def test_impossible_paths(run, tmp_path, capsys, monkeypatch):
     """One line and exit 3 (or 2 where another kind of file is meant), on every option that takes a path."""
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
@@ -258,7 +258,7 @@ def test_samples_that_are_not_finite(tmp_path, capsys):
     ("what", "free", "line"),
     [
         ("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})(), "make room"),
-        ("eval.scoring.evaluate.free_memory", lambda: 100, "of memory and 0.0 GB are free: lower --n"),
+        ("eval.scoring.evaluate.free_memory", lambda device: 100, "of memory and 0.0 GB are free: lower --n"),
     ],
 )
 def test_a_full_disk_or_memory(what, free, line, run, tmp_path, capsys, monkeypatch):
@@ -284,7 +284,7 @@ def test_samples_need_a_reference_and_enough_images(tmp_path, capsys):
 # --- as the recipe says ------------------------------------------------------------------------------------------
 
 
-def test_score_run_uses_what_is_there(tmp_path):
+def test_score_run_uses_existing_results(tmp_path):
     config = tiny_config(**EMAS, eval__samples=30, eval__steps=[1, 2], eval__batch=16, sample__uint8="floor")
     run, _ = tiny_run(tmp_path / "run", config)
     first = score.score_run(run, config, ALONE)

@@ -16,8 +16,8 @@ from meanflow.random import derive_seed
 from meanflow.training import divergence, setup
 from meanflow.training.checkpoint import load_checkpoint
 from meanflow.training.divergence import Guard, NotFinite, check, checksum, record_failure
-from meanflow.training.metrics import read_metrics
 from meanflow.training.processes import DistributedContext
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import fresh_state, to_checkpoint
 

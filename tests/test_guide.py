@@ -122,7 +122,7 @@ def tables() -> list[list[list[str]]]:
     return [[[cell.strip() for cell in row.strip("|").split("|")] for row in block.splitlines()] for block in blocks]
 
 
-def test_whatever_it_names_is_there():
+def test_everything_it_names_exists():
     spans = set(re.findall(r"`([^`]+)`", TEXT))
     assert len(spans) > 200
     wrong = {span: said for span in sorted(spans) if (said := complaint(span))}
@@ -149,7 +149,7 @@ def test_whatever_it_names_is_there():
         "sample",
     ],
 )
-def test_what_is_not_there_is_found(span):
+def test_missing_names_are_found(span):
     assert complaint(span)
 
 

@@ -62,7 +62,7 @@ def test_random_access_is_a_plain_lookup(prepared):
     assert len(np.unique(expected[:, 0])) > 10
 
 
-def test_what_is_read_is_a_copy_and_no_file_is_held_open(prepared):
+def test_reading_copies_and_holds_no_file_open(prepared):
     before, open_files = contents(prepared), len(os.listdir("/proc/self/fd"))
     latents, one, as_it_is = open_latents(prepared, digits(prepared)), torch.tensor([5]), torch.tensor([False])
     assert len(os.listdir("/proc/self/fd")) == open_files
@@ -237,7 +237,7 @@ def test_verify_finds_a_flipped_bit(made):
 @pytest.mark.parametrize(
     "field, value",
     [
-        *(("kind", "images"), ("source", "cifar10"), ("split", "val"), ("decode_precision", "fp16"), ("flip", 1)),
+        *(("source", "cifar10"), ("split", "val"), ("decode_precision", "fp16")),
         *(("images", ""), ("latents", ""), ("vae", ""), ("image_size", 0), ("decode_batch", 0)),
         ("images", "somewhere"),  # with digits
     ],

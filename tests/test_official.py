@@ -198,7 +198,7 @@ def test_convert_writes_a_run_of_ours(narrow, tmp_path, capsys, monkeypatch):
         assert line in err and err.count("\n") == 1
 
 
-def test_an_official_file_is_scored_as_it_is(narrow, tmp_path):
+def test_an_official_file_can_be_scored(narrow, tmp_path):
     write(tmp_path / "official.pth", narrow)
     np.savez(tmp_path / "ref.npz", arr_0=np.repeat(grey_blobs(8, 0, 32), 3, axis=3))
     code = fid(

@@ -13,7 +13,7 @@ from running import ROOT, comparable_metrics, newest
 import run as job
 from eval.scoring.score import score_run
 from meanflow.training.config import load_config
-from meanflow.training.metrics import read_metrics
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder, starts
 
 RUNS = ROOT / "tests" / "data" / "runs"

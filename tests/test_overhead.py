@@ -80,7 +80,7 @@ def test_what_it_cannot_be_asked(table, arguments, word):
     assert word in refused(UserError, main, table(), *arguments)
 
 
-def test_the_one_of_the_house_resolves():
+def test_jvp_overhead_resolves():
     path = ROOT / "recipes" / "tables" / "jvp_overhead.yaml"
     assert overhead.is_one(path) and overhead.load(path, "gpu", []).settings.batch > 1
     assert settings.read_yaml(path)["paper"]["with_jvp"] == 0.052

@@ -246,7 +246,7 @@ def test_distances_to_other_images_have_another_axis(tmp_path, figure):
     ("decay", "step", "says"),
     [(0.999, 60, "94%"), ("0.9", 6, "53%"), (0.99995, 800_000, None), ("weights", 1, None), (0.0, 1, None)],
 )
-def test_an_average_that_is_still_mostly_its_start_is_named(tmp_path, figure, decay, step, says):
+def test_an_average_dominated_by_its_start_is_noted(tmp_path, figure, decay, step, says):
     run = write_run(tmp_path / "run")
     write_score(run, 3.0, step=step, ema=str(decay))
     draw(run)

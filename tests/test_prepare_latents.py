@@ -212,7 +212,7 @@ def test_nothing_is_done_when_all_is_there(images, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-def test_what_is_said_or_refused_before_anything_is_done(images, tmp_path, monkeypatch):
+def test_warnings_and_errors_before_any_work(images, tmp_path, monkeypatch):
     config = from_folder(images, tmp_path)
     with _hold(tmp_path, 0):
         refused(config, "another process prepares latents here")
@@ -273,7 +273,7 @@ def test_broken_images_are_named_or_left_out_counted_and_listed(tmp_path):
     line = make(config, skip_broken=True)[0]
     assert "7 latents" in line and "3 images left out" in line and "class0/4.png" in line
     latents = open_latents(tmp_path / "out", config)
-    assert len(latents) == 7 and latents.skipped == 3 and latents.labels.tolist() == [0] * 4 + [1] * 3
+    assert len(latents) == 7 and latents.labels.tolist() == [0] * 4 + [1] * 3
     listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]
     assert [file for file, _ in listed] == ["class0/4.png", "class1/3.png", "class1/5.png"]
     assert "broken" in listed[1][1] and "16 bits" in listed[2][1]
@@ -343,7 +343,7 @@ def test_the_command(images, whole, command, launch, tmp_path):
     "options, code, text",
     [
         (("--images", "x"), 2, "--images, --out and --vae are needed"),
-        (("--images", "x", "--out", "y", "--shard", 0), 2, "--shard must be at least 1"),
+        (("--images", "x", "--out", "y", "--shard", 0), 2, "argument --shard: give a whole number of 1 or more"),
         pytest.param(
             ("--images", "x", "--out", "y", "--device", "cuda"),
             *(2, "PyTorch sees no GPU here"),

@@ -248,7 +248,7 @@ def test_failures_are_shown_with_their_replay(run, report):
     assert "step 5: loss nan" in found and f"bash run.sh replay {file}" in found
 
 
-def test_an_unfinished_run_says_what_is_missing_and_shows_what_it_left(run, report):
+def test_an_unfinished_run_names_what_is_missing_and_shows_the_rest(run, report):
     folder = run("mine", ("steps: 6", "steps: 60"))
     shutil.rmtree(folder / "checkpoints")
     (folder / "starts.jsonl").unlink(missing_ok=True)

@@ -297,7 +297,7 @@ def test_settings_that_cannot_be(refused, tmp_path, override, parts):
     assert not (tmp_path / "refused" / "checkpoints").exists()
 
 
-def test_recipes_and_images_that_cannot_be(refused, tmp_path):
+def test_impossible_recipes_and_images(refused, tmp_path):
     tree = tiny_tree()
     del tree["optim"]["lr"]
     (tmp_path / "hole.yaml").write_text(yaml.safe_dump(tree))

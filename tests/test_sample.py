@@ -121,7 +121,7 @@ def test_noise_is_per_sample_and_standard_normal():
 def test_one_step_is_the_papers_formula(trained, npz):
     """z_0 = z_1 − u(z_1, 0, 1), with the recipe's EMA as weights; two steps go by way of t = 1/2, or where asked."""
     model = load(trained.path, device=CPU)
-    z, zero, one = noise(0, 0, 5, model.shape), torch.zeros(5), torch.ones(5)
+    z, zero, one = noise(0, 0, 5, model.config.z_shape), torch.zeros(5), torch.ones(5)
 
     def by_way_of(t: float):
         middle = z - (1 - t) * model.network(z, t * one, one)

@@ -108,7 +108,7 @@ def test_synonyms_name_the_setting_that_the_file_has():
         settings.build(Other, {"learning_rate": 1}, "", "other.yaml")
 
 
-def test_what_is_no_group_at_all():
+def test_a_value_in_place_of_a_group():
     with pytest.raises(ConfigError, match=r"some\.yaml: the file must be a group of settings"):
         settings.build(Outer, [1], "", "some.yaml")
 

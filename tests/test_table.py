@@ -132,7 +132,7 @@ def test_milestones_are_scored_along_one_run(table, tmp_path):
     assert Image.open(tmp_path / "out" / "table" / "figure.png").width > 600
 
 
-def test_what_is_damaged_or_of_other_samples_is_made_again(table, tmp_path):
+def test_damaged_or_outdated_results_are_made_again(table, tmp_path):
     """And no older checkpoint is taken in place of the last."""
     out = tmp_path / "out"
     arguments = [table(), "--rows", "one", "--out", out]
@@ -179,7 +179,7 @@ def test_a_dry_run_says_what_each_row_costs(table, tmp_path, capsys):
         {**guided_latent_changes(), "guidance__kappa": 0.5, "guidance__omega_prime": 2.0},
     ],
 )
-def test_the_cost_of_a_step_is_about_what_is_counted(changes, alone):
+def test_the_counted_cost_of_a_step_is_about_right(changes, alone):
     tree = {**guided_latent_changes(), "guidance": None, **changes}
     tree["model"] = {**tree["model"], "patch": 1, "width": 96, "depth": 4}  # blocks outweigh what has no gradient
     config = tiny_config(**tree)
@@ -268,7 +268,7 @@ def test_what_cannot_be_run_is_named(table, changes, word):
         (["nothing.yaml"], "nothing.yaml: no such file"),
     ],
 )
-def test_what_is_not_there_is_named(table, arguments, word):
+def test_missing_rows_and_scales_are_named(table, arguments, word):
     assert word in refused(UserError, run.main, "table", table(), *arguments)
 
 
@@ -278,7 +278,7 @@ def test_a_row_that_is_not_trained_is_not_trained_by_scoring(table, tmp_path):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_table_of_the_house_resolves(scale):
+def test_every_table_resolves(scale):
     """Rows of several tables that have the same folder are the same run."""
     runs = {}
     for path in TABLES:

@@ -90,7 +90,7 @@ def test_the_true_u_satisfies_the_identity(mixture):
 
 
 @pytest.mark.parametrize("tangent", TANGENTS)
-def test_the_network_goes_through_the_kits_own_derivative(tangent):
+def test_the_network_goes_through_the_kits_derivative(tangent):
     """Dual numbers and torch.func.jvp give it the same loss and gradient."""
     config = settings.load(Toy2dConfig, RECIPE)
     network, objective = PlaneNetwork(config.network).double(), replace(config.objective, tangent=tangent)
@@ -103,7 +103,7 @@ def test_the_network_goes_through_the_kits_own_derivative(tangent):
     torch.testing.assert_close(found["dual"], found["func"])
 
 
-def test_sliced_wasserstein_of_what_is_known():
+def test_sliced_wasserstein_of_known_cases():
     a = torch.randn(1000, 2, generator=generator(0, "a"), dtype=torch.float64)
     assert sliced_wasserstein(a, a.flip(0)) == 0
     shift = torch.tensor([0.3, -0.4], dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_a_bad_setting_is_one_line(override, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_is_known_before_training(tmp_path):
+def test_an_unwritable_folder_is_reported_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out", tmp_path / "file", "/proc/x"):
         assert "cannot be written" in refused(AssetError, main, RECIPE, "--out", out)

@@ -32,8 +32,9 @@ from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from meanflow.training.config import EmaConfig, OptimConfig
 from meanflow.training.divergence import Guard
-from meanflow.training.metrics import MetricsLog, StepSums, read_metrics, rewind_metrics
+from meanflow.training.metrics import MetricsLog, StepSums, rewind_metrics
 from meanflow.training.processes import DistributedContext, GradientSum
+from meanflow.training.records import read_metrics
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.signals import StopRequest
 from meanflow.training.state import Ema, fresh_state, learning_rate, make_optimizer
@@ -568,7 +569,7 @@ def test_a_line_is_one_step_also_where_blocks_of_lines_are_read(tmp_path, odd):
 
 
 @pytest.mark.parametrize("block", [1, 7, 50, 10**6])
-def test_a_file_is_rewound_whatever_the_blocks_that_are_read(tmp_path, monkeypatch, block):
+def test_a_file_is_rewound_with_any_size_of_block(tmp_path, monkeypatch, block):
     monkeypatch.setattr(metrics, "BLOCK", block)
     file = tmp_path / "metrics.jsonl"
     for ending in ("", '{"step": 9'):

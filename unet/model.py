@@ -1,7 +1,7 @@
 """The NCSN++-style U-net of the CIFAR-10 recipe, 55.9 M parameters.
 
-Where the paper is silent, constants are those of the official release. So are parameter names: its checkpoints load
-as they are.
+Where the paper is silent, constants and parameter names are those of the official release, whose checkpoints
+load unchanged.
 """
 
 from collections.abc import Callable

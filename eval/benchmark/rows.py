@@ -1,4 +1,4 @@
-"""What the benchmark reports of one recipe: the steps, and the figures that this project set out to reach."""
+"""What the benchmark measures of one recipe: the steps, and ratios between them."""
 
 import itertools
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from eval.benchmark import FLOW_MATCHING, PLAIN
-from eval.benchmark.clock import Spread, cpu_has_bf16, matrix_work, ratio, take_turns
+from eval.benchmark.clock import Spread, matrix_work, ratio, take_turns
 from eval.benchmark.latents import write_random_latents
 from eval.benchmark.steps import Setting, Step, peak_memory
 from meanflow.data import Dataset, Latents, LatentsConfig
@@ -23,48 +23,13 @@ from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
 from meanflow.training.processes import DistributedContext
 from meanflow.training.state import TrainState, count_parameters
 
-MET, NOT_MET, NO_FIGURE = "met", "not met", "no figure was set"
-PAPER_PARAMETERS = 50e6  # networks from this size on are the paper's
-# device, precision, images/s over the plain step's
-PLAIN_REACH = (("cpu", "fp32", 1.5), ("cpu", "bf16", 2.5), ("cuda", "tf32", 1.3), ("cuda", "bf16", 2.0))
 IMAGES = 256  # random ones that stand for the data set
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure, what to reach (as text, and as a bound), and whether it does; or why it could not be measured here."""
-
     name: str
-    figure: Spread | None
-    reach: float | None
-    at_most: bool
-    missing: str = ""
-
-    @property
-    def state(self) -> str:
-        if self.figure is None:
-            return f"not measurable here: {self.missing}"
-        if self.reach is None:
-            return NO_FIGURE
-        met = self.figure.median <= self.reach if self.at_most else self.figure.median >= self.reach
-        return MET if met else NOT_MET
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What was set out to be reached, for the networks that it was set for: the paper's."""
-
-    step: float | None
-    memory: float | None
-    plain: bool
-    loop: float | None  # share of the step outside it
-
-    @classmethod
-    def of(cls, config: RunConfig, parameters: int, share: float) -> "Reach":
-        if parameters < PAPER_PARAMETERS:
-            return cls(None, None, False, None)
-        pixels = not isinstance(config.data, LatentsConfig)
-        return cls({0.75: 1.35, 0.25: 1.12}.get(share), 1.2 if pixels else None, pixels, 0.03)
+    figure: Spread
 
 
 @dataclass(frozen=True)
@@ -159,10 +124,9 @@ def measure(plan: Plan) -> Report:
     results = [_step_result(steps[s.name], seconds[s.name], rates[s.precision], memory.get(s.name)) for s in settings]
     parameters = count_parameters(ours.state.network)
     share = float((ours.batch.r != ours.batch.t).float().mean())
-    reach = Reach.of(config, parameters, share)
-    rows = _rows(plan, reach, share, seconds, memory)
+    rows = _rows(plan, share, seconds, memory)
     if "outside" in plan.rows:
-        rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, reach, device))
+        rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, device))
     if "sampling" in plan.rows:
         rows.append(_sampling(config, ours.state, plan))
     return Report(plan.recipe.stem, _name(plan), parameters, plan.batch, share, rates, results, rows)
@@ -178,43 +142,30 @@ def _step_result(step: Step, seconds: list[float], rate: float, memory: float | 
     return StepResult(step.setting.name, seconds, spread, images, flops, achieved / 1e12, achieved / rate, memory)
 
 
-def _rows(
-    plan: Plan, reach: Reach, share: float, seconds: dict[str, list[float]], memory: dict[str, float]
-) -> list[Row]:
+def _rows(plan: Plan, share: float, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[Row]:
     """The ratios of steps. The first of `plan.precisions` counts where a row names none."""
     flow_matching, ours = (plan.setting(way, plan.precisions[0]).name for way in (FLOW_MATCHING, plan.jvps[0]))
     rows = []
     if "step" in plan.rows:
         name = f"{_name(plan)} / Flow Matching step, r≠t {share:.0%}"
-        rows.append(Row(name, ratio(seconds[ours], seconds[flow_matching]), reach.step, True))
+        rows.append(Row(name, ratio(seconds[ours], seconds[flow_matching])))
     if "memory" in plan.rows:
         figure = Spread.of([memory[ours] / memory[flow_matching]])
-        rows.append(Row(f"peak memory, {_name(plan)} / Flow Matching step", figure, reach.memory, True))
+        rows.append(Row(f"peak memory, {_name(plan)} / Flow Matching step", figure))
     if plan.compares_plain:
-        rows += [_against_plain(plan, seconds, *reached, reach.plain) for reached in PLAIN_REACH]
+        rows += [_against_plain(plan, seconds, precision) for precision in plan.precisions]
     return rows
 
 
-def _against_plain(plan: Plan, seconds: dict, kind: str, precision: str, bound: float, applies: bool) -> Row:
+def _against_plain(plan: Plan, seconds: dict, precision: str) -> Row:
     """Images/s of the fastest of our steps in `precision` over the plain one's."""
-    where, baseline = {"cpu": ("CPU", "plain fp32 step"), "cuda": ("GPU", "plain TF32 step, compiled")}[kind]
-    name, bound = f"images/s on a {where}, {precision}, against the {baseline}", bound if applies else None
     ours = [plan.setting(plan.jvps[0], precision, mode).name for mode in (None, *plan.modes)]
-    measured = [seconds[name] for name in ours if name in seconds]
-    missing = ""
-    if plan.device.type != kind:
-        missing = f"this is a {'CPU' if kind == 'cuda' else 'GPU'}"
-    elif kind == "cpu" and precision == "bf16" and not cpu_has_bf16():
-        missing = "this CPU has no bf16 instructions"
-    elif not measured:
-        missing = f"{precision} is not among --precisions"
-    if missing:
-        return Row(name, None, bound, False, missing)
-    fastest = min(measured, key=lambda values: Spread.of(values).median)
-    return Row(name, ratio(seconds[plan.plain.name], fastest), bound, False)
+    fastest = min((seconds[name] for name in ours), key=lambda values: Spread.of(values).median)
+    name = f"images/s in {precision} against the {plan.plain.name} step"
+    return Row(name, ratio(seconds[plan.plain.name], fastest))
 
 
-def _outside(config: RunConfig, state: TrainState, step_seconds: float, reach: Reach, device: torch.device) -> Row:
+def _outside(config: RunConfig, state: TrainState, step_seconds: float, device: torch.device) -> Row:
     """What the training loop does besides forward, backward and optimiser, each part timed alone: an upper bound,
     since on a GPU much of it overlaps with the step."""
     alone, batch = DistributedContext(0, 1, device), config.train.batch
@@ -241,7 +192,7 @@ def _outside(config: RunConfig, state: TrainState, step_seconds: float, reach: R
         }
         seconds = take_turns(work, 5, device)
     shares = [sum(seconds[part][k] / every[part] for part in work) / step_seconds for k in range(5)]
-    return Row("share of the step for data, augmentation, EMA and metrics", Spread.of(shares), reach.loop, True)
+    return Row("share of the step for data, augmentation, EMA and metrics", Spread.of(shares))
 
 
 def _without_classes(config: RunConfig) -> RunConfig:
@@ -249,8 +200,7 @@ def _without_classes(config: RunConfig) -> RunConfig:
 
 
 def _random_data(config: RunConfig, folder: Path) -> Dataset | Latents:
-    model = config.model
-    shape = (model.channels, model.image_size, model.image_size)
+    shape = config.z_shape
     if isinstance(config.data, LatentsConfig):
         write_random_latents(folder, IMAGES, shape=shape)
         return verify(folder)
@@ -263,7 +213,7 @@ def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
     network, device = state.network.eval(), plan.device
     model = Model(network, config, plan.recipe, WEIGHTS, {}, None)
     labels = torch.arange(plan.batch) % config.model.classes if config.model.classes else None
-    z = torch.randn(plan.batch, *model.shape, device=device).contiguous(memory_format=torch.channels_last)
+    z = torch.randn(plan.batch, *config.z_shape, device=device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(device)}
     t, r = torch.ones(plan.batch, device=device), torch.zeros(plan.batch, device=device)
 
@@ -276,4 +226,4 @@ def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:
 
     seconds = take_turns({"forward": forward, "sampling": sampling}, plan.rounds, device)
     name = "one-step sampling rate / forward pass rate"
-    return Row(name, ratio(seconds["forward"], seconds["sampling"]), 0.9, False)
+    return Row(name, ratio(seconds["forward"], seconds["sampling"]))

@@ -1,21 +1,15 @@
 """What the benchmark prints."""
 
-from dataclasses import asdict
 from typing import Any
 
 from eval.benchmark.clock import Spread
-from eval.benchmark.rows import Report, Row
-from eval.tables.files import aligned
+from eval.benchmark.rows import Report
+from meanflow.logs import aligned
 
 
 def machine(where: dict[str, Any]) -> str:
     """`where`: meanflow.training.run_folder.environment, and threads."""
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, Python {where['python']}"
-
-
-def tree(report: Report) -> dict[str, Any]:
-    """Everything, for JSON."""
-    return {**asdict(report), "rows": [{**asdict(row), "state": row.state} for row in report.rows]}
 
 
 def table(report: Report) -> str:
@@ -30,16 +24,10 @@ def table(report: Report) -> str:
         rate = (f"{step.tflops_per_s:.3g}", f"{step.of_matrix_rate:.0%}")
         memory = "" if step.memory_mb is None else f"{step.memory_mb:,.0f}"
         steps.append((step.name, *_cells(step.seconds, "{:.3g}"), f"{step.images_per_s:.3g}", memory, *rate))
-    rows = [("figure", "measured", "", "reach", "state")]
-    rows += [(row.name, *_row_cells(row), row.state) for row in report.rows]
+    forms = {row: "{:.1%}" if row.name.startswith("share") else "{:.2f}" for row in report.rows}
+    rows = [("figure", "measured", ""), *((row.name, *_cells(row.figure, form)) for row, form in forms.items())]
     return "\n".join([head, *aligned(steps, left=len(steps[0])), "", *aligned(rows, left=len(rows[0]))])
 
 
 def _cells(spread: Spread, form: str) -> tuple[str, str]:
     return form.format(spread.median), f"{form.format(spread.low)} – {form.format(spread.high)}"
-
-
-def _row_cells(row: Row) -> tuple[str, str, str]:
-    form = "{:.1%}" if row.name.startswith("share") else "{:.2f}"
-    reach = "" if row.reach is None else f"{'≤' if row.at_most else '≥'} {form.format(row.reach)}"
-    return (*(("", "") if row.figure is None else _cells(row.figure, form)), reach)

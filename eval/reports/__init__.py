@@ -1,1 +1,1 @@
-"""The parts of `eval.report`: what is read of a run folder or table, and the HTML that it becomes."""
+"""The parts of `eval.report` and `eval.plot`: reading run folders and tables, curves, and the HTML page."""

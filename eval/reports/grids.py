@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eval.reports.html import png_of
 from eval.sampling.grid import captions, class_labels, columns_of, grid
 from meanflow.errors import NumericsError
 from meanflow.training.config import WEIGHTS
-from meanflow.training.model import Model, model_of, open_checkpoint, to_uint8
+from meanflow.training.model import Model, device_of, model_of, open_checkpoint, to_uint8
 from meanflow.training.run_folder import RunFolder
 
 SEED = 0
@@ -36,7 +35,7 @@ def sample_grids(run: RunFolder, steps: tuple[int, ...], count: int, device: str
     device: by default CUDA where there is one. With `every_ema` also of each other EMA and of the weights as the
     optimiser left them. Raises AssetError or ConfigError if the checkpoint cannot be used.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(device)
     path, checkpoint = open_checkpoint(run.path)
     recipe = model_of(path, checkpoint, None, device)
     columns = columns_of(count, None)

@@ -130,7 +130,7 @@ def curves(runs: tuple[RunRecord, ...]) -> bytes:
 
 def _samples(runs: tuple[RunRecord, ...], sampling: Sampling | None) -> Html:
     if sampling is None:
-        return join(*(_left_samples(run, "No grids were made (--no-samples)") for run in runs))
+        return join(*(_samples_png(run, "No grids were made (--no-samples)") for run in runs))
     from eval.reports.grids import sample_grids  # here: PyTorch takes seconds to import
 
     ready = [run for run in runs if any(run.folder.checkpoints.glob("*.pt"))]
@@ -142,11 +142,11 @@ def _samples(runs: tuple[RunRecord, ...], sampling: Sampling | None) -> Html:
     except UserError as error:
         raise type(error)(f"{error} (--no-samples reports without grids)") from error
     made = sections.samples(grids, sampling.steps, sampling.count) if grids else None
-    return join(made, *(_left_samples(run, "No checkpoint yet") for run in runs if run not in grids))
+    return join(made, *(_samples_png(run, "No checkpoint yet") for run in runs if run not in grids))
 
 
-def _left_samples(run: RunRecord, why: str) -> Html:
-    """The grid that the run itself left, if it did."""
+def _samples_png(run: RunRecord, why: str) -> Html:
+    """The run's samples.png, if there is one."""
     file = run.folder.path / "samples.png"
     png = read_picture(file)
     if png is None:

@@ -1,4 +1,4 @@
-"""What folders say of themselves, read without PyTorch: a run's (see RunFolder) and a table's (see eval/table.py)."""
+"""Reads run folders (see RunFolder) and tables (see eval/table.py), without PyTorch."""
 
 import json
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ import numpy as np
 from eval.scoring.options import FULL_N, INCEPTION
 from eval.tables import SCALES
 from meanflow.errors import AssetError
+from meanflow.files import read_json
 from meanflow.training import settings
 from meanflow.training.records import read_columns
 from meanflow.training.run_folder import RunFolder, starts
 
 TABLE = "table.json"
-MOSTLY_START = 0.1  # weight of the initial weights in an average, from which on it is worth a word
+MOSTLY_START = 0.1  # weight of the initial weights in an average, above which a note is given
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of eval/*.json under its own name. `why` it may not stand beside published ones; "" if it may."""
+    """One number of eval/*.json. `why`: why it does not compare with published ones; "" if it does."""
 
     metric: str
     value: float | None  # None: its evaluation is unfinished
@@ -56,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)  # each is itself, and can be a key
 class RunRecord:
-    """What a run has left. `name` tells it from the others shown; `columns` are those of metrics.jsonl, (N,) each."""
+    """The contents of a run folder. `name` tells it from the others shown; `columns` of metrics.jsonl are (N,) each."""
 
     folder: RunFolder
     name: str
@@ -73,7 +74,7 @@ class RunRecord:
 
     @property
     def steps(self) -> int | None:
-        """How many steps the run shall take."""
+        """How many steps the run is to take."""
         steps = self.settings.get("train.steps")
         return steps if isinstance(steps, int) else None
 
@@ -105,7 +106,7 @@ class RunRecord:
         return [(step, changed) for step, changed in noted if changed and isinstance(step, int) and step > 0]
 
     def least(self, metric: str, nfe: int, n: int) -> Score | None:
-        """The best score of one distance, at whatever step and EMA."""
+        """The best score of one distance, over all steps and EMAs."""
         found = [s for s in self.scores if (s.metric, s.nfe, s.n) == (metric, nfe, n) and s.value is not None]
         return min(found, key=lambda score: score.value, default=None)
 
@@ -166,7 +167,7 @@ def run_names(runs: list[RunFolder]) -> dict[RunFolder, str]:
 
 
 def ema_note(decay: float | str, step: int) -> str | None:
-    """A line on an average that has not had the steps to forget where it began; None for one that has.
+    """A note on an average in which the initial weights still count; None for others.
 
     decay: of each step, or "weights" for the weights themselves.
     """
@@ -237,14 +238,6 @@ def _failure(path: Path) -> Failure:
         return Failure(int(failure["step"]), str(failure["what"]), path)
     except (LookupError, TypeError, ValueError) as error:
         raise AssetError(f"{path}: is not a failure that a run recorded ({error!r}); move it away") from error
-
-
-def read_json(path: Path) -> Any:
-    """Raises AssetError for a file that is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssetError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def one_seed_each(runs: tuple[RunRecord, ...]) -> tuple[RunRecord, ...]:

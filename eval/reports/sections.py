@@ -1,4 +1,4 @@
-"""The sections of a report: each turns runs as they were read into a piece of the page, and says what to look at."""
+"""The sections of a report: each turns runs into a part of the page."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -100,7 +100,7 @@ def summary(runs: tuple[RunRecord, ...]) -> Html:
 
 
 def _marked(value: float | None, all_values: list[float]) -> object:
-    """The least of several is set off."""
+    """The lowest of several is bold."""
     if value is None:
         return NONE
     return tag("strong", number(value)) if value == min(all_values) < max(all_values) else number(value)

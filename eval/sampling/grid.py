@@ -15,7 +15,7 @@ from meanflow.training.config import RunConfig
 from meanflow.training.model import Model, load, to_uint8
 from meanflow.training.run_folder import RunFolder
 
-SMOOTH_BELOW = 16  # pixels a side: smaller images are enlarged smoothly, since the eye cannot read them as squares
+SMOOTH_BELOW = 16  # pixels a side: smaller images are enlarged smoothly, since they are hard to recognise as squares
 WIDTH = 800  # about, in pixels
 CAPTION = 18  # height of the letters
 
@@ -33,7 +33,7 @@ def row_labels(n: int, columns: int, classes: int) -> Tensor:
 
 
 def class_names(names: list[str]) -> list[str]:
-    """Names to be read: those of ImageNet's 1000 classes in place of their WordNet numbers, else as they are."""
+    """Readable names: of ImageNet's 1000 classes in place of their WordNet numbers; others are unchanged."""
     if len(names) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
     from torchvision.models import ResNet50_Weights
@@ -87,7 +87,7 @@ def class_labels(model: Model, n: int, label: int | None, columns: int | None = 
 
 
 def captions(model: Model, labels: Tensor | None, columns: int) -> list[str] | None:
-    """What stands beside each row of a grid: the name of its class, where the run knows it and the row has just one."""
+    """The caption of each row of a grid: the name of its class, where the run knows it and the row has just one."""
     if labels is None or not model.meta["data"]["classes"]:
         return None
     names, rows = class_names(model.meta["data"]["classes"]), labels.split(columns)

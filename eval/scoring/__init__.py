@@ -1,1 +1,1 @@
-"""Scoring: what is evaluated, by which features, against which reference, with which metrics."""
+"""Scoring: sources of images, features, references and metrics."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from eval.scoring.files import read_json, write_json
 from eval.scoring.sources import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
+from meanflow.files import read_json, write_json
 from meanflow.training.model import Model, generate, to_uint8
 from meanflow.training.run_folder import RunFolder
 

@@ -15,16 +15,18 @@ from torchvision.datasets import CIFAR10
 
 from eval.scoring.extractors import Options, create
 from eval.scoring.features import KEPT_UNASKED, Cache, Prepared, extract_features, images_done, prepare
-from eval.scoring.files import make_folder, write_json
 from eval.scoring.metrics import MetricOptions, compute
 from eval.scoring.options import INCEPTION
-from eval.scoring.protocol import Request, flat, open_work, protocol, result, up_to_date
+from eval.scoring.protocol import Request, open_work, protocol, result, up_to_date
 from eval.scoring.references import check_reference, open_reference
 from eval.scoring.sources import EvalTarget
 from eval.scoring.threads import exit_at_once, interruptible
 from meanflow.errors import AssetError, IncompleteError, NumericsError, UserError
+from meanflow.files import make_folder, write_json
 from meanflow.logs import log
+from meanflow.training.estimate import free_memory
 from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, gather, run_on_rank0
+from meanflow.training.settings import flatten
 
 CPU_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a core and of a GPU: enough to tell minutes from hours
 PUBLISHED_IS, TOLERANCE = 11.2368, 0.01  # of CIFAR-10's training images, as torch-fidelity publishes it
@@ -40,13 +42,13 @@ def evaluate(
     """
     warnings = preflight(request, targets)
     protocols = {target.name: protocol(request, target) for target in targets}
-    assert_same_on_all_ranks(ctx, flat(protocols), "settings")
+    assert_same_on_all_ranks(ctx, flatten(protocols), "settings")
     if request.resume == "reuse":
         found = run_on_rank0(ctx, lambda: [up_to_date(_file(request, t), protocols[t.name]) for t in targets])
         if all(found):
             return found if ctx.is_main else None
     if progress:
-        for warning in warnings if request.resume != "reuse" else ():  # the job has said so before training
+        for warning in warnings if request.resume != "reuse" else ():  # the job logs them before training
             log.warning(warning)
         line = cost_of(request, targets).line(request.extractor.name, request.extractor.device, ctx.world)
         log.info(f"scoring {line}")
@@ -157,22 +159,12 @@ def _check_room(request: Request, targets: list[EvalTarget]) -> None:
             f"{request.out} has {free / 2**30:.1f} GB free and the features need {needed / 2**30:.1f} GB: "
             "make room, or put --out elsewhere"
         )
-    needed, free = cost_of(request, targets).memory, free_memory()
+    needed, free = cost_of(request, targets).memory, free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         raise AssetError(
             f"{request.extractor.name} features need about {needed / 2**30:.1f} GB of memory and {free / 2**30:.1f} GB "
             "are free: lower --n, or use another extractor"
         )
-
-
-def free_memory() -> int | None:
-    """Bytes of memory that a process can have here; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
 
 
 @dataclass(frozen=True)
@@ -213,7 +205,7 @@ def cost_of(request: Request, targets: list[EvalTarget]) -> Cost:
     return Cost(n, m, len(targets), max(dims[layer] for layer in request.layers), flops)
 
 
-# --- is this installation's FID the usual one? -------------------------------------------------------------------
+# --- self-test ---------------------------------------------------------------------------------------------------
 
 
 def selftest(options: Options, data: Path, cache: Path | None, ctx: DistributedContext) -> int:

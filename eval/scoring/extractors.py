@@ -18,9 +18,10 @@ from torch.nn import functional
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from eval.scoring.files import load_tensors, sha256_file
+from eval.scoring.files import load_tensors
 from eval.scoring.options import INCEPTION, PIXELS, THUMBNAILS
 from meanflow.errors import AssetError, UserError
+from meanflow.files import sha256_file
 from meanflow.precision import exact_float32
 
 # weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release.
@@ -92,26 +93,18 @@ class Extractor:
 
 
 Factory = Callable[[Options, tuple[str, ...]], Extractor]
-_FACTORIES: dict[str, Factory] = {}
-
-
-def register(name: str, factory: Factory) -> None:
-    """Make `factory(options, metrics) -> Extractor` available as `--extractor name`. Raises ValueError if taken."""
-    if name in _FACTORIES:
-        raise ValueError(f"extractor {name!r} is already registered")
-    _FACTORIES[name] = factory
 
 
 def create(name: str, options: Options, metrics: Iterable[str]) -> Extractor:
     """The extractor `name`, ready for `metrics` ("fid", "isc", "kid", "prc").
 
-    `name` is a registered one, or `module:factory` for your own (imported from the Python path).
+    `name` is one of FACTORIES, or `module:factory` for your own (imported from the Python path).
     Raises UserError for an unknown name or a metric it cannot serve, AssetError for missing weights.
     """
     if options.weights is not None and not options.weights.is_file():  # also where no weights are needed
         raise AssetError(f"--weights {options.weights}: no such file")
     metrics = tuple(metrics)
-    factory = _FACTORIES.get(name) or _own_factory(name)
+    factory = FACTORIES.get(name) or _own_factory(name)
     extractor = factory(options, metrics)
     lacking = [m for m in metrics if m not in extractor.layers]
     if lacking:
@@ -138,7 +131,7 @@ def dims_of(name: str, shape: tuple[int, int, int]) -> int:
 def affordable(name: str, shape: tuple[int, int, int]) -> tuple[str, tuple[str, ...]]:
     """The extractor to use where a recipe says `name` and images are of `shape` (C, H, W); a line if it is another."""
     numbers = math.prod(shape)
-    if name not in (PIXELS, f"fd-{PIXELS}") or numbers <= PIXELS_UP_TO:
+    if name != PIXELS or numbers <= PIXELS_UP_TO:
         return name, ()
     return THUMBNAILS, (
         f"eval.extractor is {name}, but images of {shape[1]}×{shape[2]} are {numbers:,} numbers each, too many for a "
@@ -149,7 +142,7 @@ def affordable(name: str, shape: tuple[int, int, int]) -> tuple[str, tuple[str, 
 def _own_factory(name: str) -> Factory:
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = ", ".join(sorted(_FACTORIES))
+        known = ", ".join(sorted(FACTORIES))
         raise UserError(f"unknown extractor {name!r}: use one of {known}, or module:factory for your own")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -257,7 +250,8 @@ def thumbnails(options: Options, metrics: tuple[str, ...]) -> Extractor:
     return Extractor(THUMBNAILS, forward, layers, options.device)
 
 
-register(INCEPTION, inception)
-register(PIXELS, pixels)
-register(f"fd-{PIXELS}", pixels)
-register(THUMBNAILS, thumbnails)
+FACTORIES: dict[str, Factory] = {
+    INCEPTION: inception,
+    PIXELS: pixels,
+    THUMBNAILS: thumbnails,
+}

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, sha256_json, write_npz
+from eval.scoring.files import read_npz, write_npz
 from eval.scoring.metrics import Statistics, low_rank
 from eval.scoring.references import Reference
 from eval.scoring.sources import Source
 from eval.scoring.threads import each, interruptible
 from meanflow.errors import AssetError, NumericsError
+from meanflow.files import sha256_json
 from meanflow.logs import progress_bar
 from meanflow.precision import exact_float32
 from meanflow.training.processes import DistributedContext, run_on_rank0
@@ -67,7 +68,7 @@ def extract_features(
     mine = missing[ctx.rank :: ctx.world]
     with bar, exact_float32(), closing(each(extract, mine, extractor.device)) as counts:
         for count in counts:
-            # The processes keep pace with each other: one's batch stands for a batch of each.
+            # The processes keep pace with each other: a batch here is a batch on each of them.
             bar.update(min(count * ctx.world, source.n - bar.n))
     ctx.barrier()
     return interruptible(lambda: _merge(work, pieces, layers), extractor.device) if ctx.is_main else None
@@ -89,14 +90,13 @@ def _whole(work: Path, piece: tuple[int, int]) -> bool:
     if not path.exists():
         return False
     try:
-        file = NpzFile(path)
-        return all(len(file[name]) == piece[1] - piece[0] for name in file.names)
+        return all(len(array) == piece[1] - piece[0] for array in read_npz(path).values())
     except AssetError:
         return False
 
 
 def _merge(work: Path, pieces: list[tuple[int, int]], layers: Sequence[str]) -> dict[str, Tensor]:
-    files = [NpzFile(_path(work, piece)) for piece in pieces]
+    files = [read_npz(_path(work, piece)) for piece in pieces]
     merged = {layer: torch.from_numpy(np.concatenate([file[layer] for file in files])) for layer in layers}
     for layer, value in merged.items():
         bad = (~value.isfinite().all(dim=1)).nonzero().flatten()
@@ -130,7 +130,7 @@ class Cache:
         """The arrays under these names; None if the file is absent or damaged, and has to be made again."""
         path = self.folder / f"{name}.npz"
         try:
-            file = NpzFile(path) if path.exists() else {}
+            file = read_npz(path) if path.exists() else {}
             return {array: file[array] for array in arrays}
         except (AssetError, KeyError):
             return None

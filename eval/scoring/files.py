@@ -1,32 +1,17 @@
-"""Files that evaluation reads and writes: npz without pickles, atomically written, hashed by content."""
+"""What evaluation reads and writes besides JSON: npz without pickles, tensors, and the hash of images."""
 
 import _codecs
-import errno
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, write_errors_named
+from meanflow.files import replacing
 from meanflow.training import checkpoint
 
 MAX_RATIO, ALWAYS_FINE = 100, 2**28  # of unpacked to packed bytes; a quarter of a GB is never a bomb
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sha256_images(images: torch.Tensor) -> str:
@@ -37,103 +22,34 @@ def sha256_images(images: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def sha256_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def make_folder(path: Path) -> Path:
-    """Make the folder `path` and write into it, to know before long work. Raises AssetError if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise AssetError(f"{path}: cannot be written ({error.strerror or error}); name another folder") from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """`write` into a temporary neighbour of `path`, then rename: `path` is the old file or the whole new one.
-
-    Raises AssetError if the disk is full or the folder cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = file.name
-            write(file)  # type: ignore[arg-type]
-        os.chmod(temporary, 0o644)  # temporary files are private, results are not
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise AssetError(f"cannot write {path}: {reason}") from None
-
-
-def read_json(path: Path) -> dict:
-    """Raises AssetError for a file that is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AssetError(f"{path} cannot be read as JSON ({error})") from None
-
-
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    with replacing(path) as file, write_errors_named(path):
+        np.savez(file, **arrays)
 
 
-def write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-class NpzFile:
-    """The arrays of an npz, read on demand and never unpickled (zip's own checksums are verified).
-
-    The file is open only while something is read, so that thousands may be at hand. Raises AssetError for a file
-    that is missing, damaged or holds pickled objects.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._opened() as arrays:
-            self.names = sorted(arrays.files)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                if not hasattr(arrays, "files"):
-                    raise AssetError(f"{self.path} is a bare array: save it with numpy.savez")
-                yield arrays
-        except FileNotFoundError:
-            raise AssetError(f"{self.path}: no such file") from None
-        except AssetError:
-            raise
-        except Exception as error:  # a damaged file raises nearly anything in the readers of zip and npy
-            text = " ".join(str(error).split())[:160] or type(error).__name__
-            reason = "it holds pickled objects, which are never loaded" if "pickle" in text else text
-            raise AssetError(f"{self.path} is not a readable npz file: {reason}") from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        with self._opened() as arrays:
-            for info in arrays.zip.infolist():
-                if info.filename in (name, f"{name}.npy"):
-                    self._refuse_bomb(name, info.file_size, info.compress_size)
-            array = arrays[name]
-            if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no npy
-                raise AssetError(f"{self.path}: {name} is not an array")
-            return array
-
-    def _refuse_bomb(self, name: str, unpacked: int, packed: int) -> None:
-        if unpacked > max(ALWAYS_FINE, MAX_RATIO * packed):
-            raise AssetError(
-                f"{self.path}: {name} unpacks to {unpacked / 2**20:.0f} MB, more than {MAX_RATIO} times its size"
-            )
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz, never unpickled. Raises AssetError if it is missing, damaged, a bomb or holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not hasattr(file, "files"):
+                raise AssetError(f"{path} is a bare array: save it with numpy.savez")
+            for info in file.zip.infolist():
+                if info.file_size > max(ALWAYS_FINE, MAX_RATIO * info.compress_size):
+                    name, size = info.filename.removesuffix(".npy"), info.file_size / 2**20
+                    raise AssetError(f"{path}: {name} unpacks to {size:.0f} MB, more than {MAX_RATIO} times its size")
+            arrays = {name: file[name] for name in sorted(file.files)}
+    except FileNotFoundError:
+        raise AssetError(f"{path}: no such file") from None
+    except AssetError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything in the readers of zip and npy
+        text = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in text else text
+        raise AssetError(f"{path} is not a readable npz file: {reason}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of members that are no npy
+            raise AssetError(f"{path}: {name} is not an array")
+    return arrays
 
 
 def load_tensors(path: Path, classes: tuple = ()) -> object:
@@ -148,7 +64,7 @@ def load_tensors(path: Path, classes: tuple = ()) -> object:
         raise AssetError(f"{path}: no such file") from None
     except AssetError:
         raise
-    except Exception as error:  # torch.load has no error of its own: zip, pickle, runtime
+    except Exception as error:  # torch.load raises errors of zip, pickle and the runtime
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Unsupported" in line), lines[0] if lines else "")
         raise AssetError(

@@ -1,7 +1,7 @@
-"""FID, IS, KID, precision and recall: torch-fidelity's own functions, called with care.
+"""FID, IS, KID, precision and recall, computed by torch-fidelity.
 
-What is here is what torch-fidelity 0.4 does not do for its caller: both sides of a distance in float64, no setting
-that is silently ignored, one extractor for all metrics, and the Fréchet distance of few samples without D × D matrices.
+Added to torch-fidelity 0.4: both sides of a distance in float64, no setting that is silently ignored, one extractor for
+all metrics, and the Fréchet distance of few samples without D × D matrices.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """torch-fidelity's settings by its own names, at its own defaults; recorded in every result."""
+    """torch-fidelity's settings under its names and defaults; recorded in every result."""
 
     isc_splits: int = DEFAULTS["isc_splits"]
     kid_subsets: int = DEFAULTS["kid_subsets"]
@@ -142,7 +142,7 @@ def compute(
 
 
 def _known(**settings) -> dict:
-    """`settings`, all of which torch-fidelity knows: it ignores others without a word."""
+    """`settings`, all of which torch-fidelity knows: it silently ignores others."""
     unknown = settings.keys() - DEFAULTS.keys()
     if unknown:
         raise TypeError(f"torch-fidelity has no setting {sorted(unknown)}")

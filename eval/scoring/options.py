@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from meanflow.errors import UserError
+from meanflow.errors import AssetError, UserError, write_errors_named
 
 METRICS = ("fid", "isc", "kid", "prc")
 INCEPTION, PIXELS, THUMBNAILS = "inception-v3-compat", "pixels", "thumbnails"
@@ -24,10 +24,27 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog=f"bash run.sh {command}", description=description, **options)
+        super().__init__(prog=f"bash run.sh {command}".strip(), description=description, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+# --- options of several commands ---------------------------------------------------------------------------------
+
+
+def add_device(parser, what: str = "compute") -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=f"where to {what} (CUDA where there is one)")
+
+
+def add_set(parser, what: str = "override settings") -> None:
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help=what)
+
+
+def add_out(parser, what: str) -> None:
+    """--out FILE and --overwrite; see `check_out`."""
+    parser.add_argument("--out", type=path, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 
 # --- types of options: they raise ArgumentTypeError ---------------------------------------------------------------
@@ -84,3 +101,13 @@ def metrics(text: str) -> tuple[str, ...]:
 def steps_name(steps: int, times: tuple[float, ...] | None = None) -> str:
     """For file names: "nfe2", and for another time grid than the even one "nfe2-grid1-0.6-0"."""
     return f"nfe{steps}" if times is None else f"nfe{len(times) - 1}-grid{'-'.join(f'{t:g}' for t in times)}"
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Before the work rather than after. Raises AssetError if `out` cannot be a file, or is one that is to be kept."""
+    if out.exists() and not out.is_file():
+        raise AssetError(f"--out {out}: is a folder or a device; name a file")
+    if out.exists() and not overwrite:
+        raise AssetError(f"--out {out}: exists; --overwrite replaces it")
+    with write_errors_named(out):
+        out.parent.mkdir(parents=True, exist_ok=True)

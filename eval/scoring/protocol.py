@@ -1,4 +1,4 @@
-"""What is recorded beside a number, so that it can be made again: the protocol, its hash, the result file.
+"""What is recorded with a score, so that it can be reproduced: the protocol, its hash, the result file.
 
 A result is JSON: `schema` (the layout's version), `status` ("complete" or "incomplete"), `metrics`, `comparable`,
 `protocol` (all that the numbers depend on), `subject` (which run, step, checkpoint), `circumstances` (what they do not
@@ -18,12 +18,14 @@ import torch
 import torch_fidelity
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import read_json, sha256_json, write_json
 from eval.scoring.metrics import MetricOptions
 from eval.scoring.options import FULL_N
 from eval.scoring.references import Reference
 from eval.scoring.sources import EvalTarget
 from meanflow.errors import UserError
+from meanflow.files import read_json, sha256_json, write_json
+from meanflow.logs import aligned
+from meanflow.training.settings import flatten
 
 SCHEMA = 1
 
@@ -82,16 +84,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def flat(value: object, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} → {"a.b": 1}, for comparing settings and naming what differs."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, object] = {}
-    for key, item in value.items():
-        out |= flat(item, f"{prefix}.{key}" if prefix else key)
-    return out
-
-
 def open_work(root: Path, protocols: dict[str, dict], resume: str) -> Path:
     """The folder under `root` for the pieces of an evaluation: {target: protocol}, whose hash is its name.
 
@@ -103,7 +95,7 @@ def open_work(root: Path, protocols: dict[str, dict], resume: str) -> Path:
     if folder.exists() and resume == "fresh":
         shutil.rmtree(folder)
     elif resume == "continue" and unfinished and not folder.exists():
-        other, mine = flat(read_json(unfinished[-1])), flat(protocols)
+        other, mine = flatten(read_json(unfinished[-1])), flatten(protocols)
         differing = sorted(k for k in {*other, *mine} if other.get(k) != mine.get(k))
         key = differing[0]
         raise UserError(
@@ -116,7 +108,7 @@ def open_work(root: Path, protocols: dict[str, dict], resume: str) -> Path:
 
 
 def up_to_date(path: Path, protocol: dict) -> dict | None:
-    """The complete result at `path` if it was made under this very protocol."""
+    """The complete result at `path` if it was made under the same protocol."""
     if not path.exists():
         return None
     found = read_json(path)
@@ -161,9 +153,4 @@ def table(results: list[dict]) -> str:
         note = "" if item["comparable"] else "not comparable"
         values = [f"{item['metrics'][name]:.4f}" if name in item["metrics"] else "-" for name in names]
         rows.append([item["name"], *values, f"{n:,}", note])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))

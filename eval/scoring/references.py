@@ -3,7 +3,7 @@
 A file is judged by what it holds. Every common layout is read: `mu, sigma` (EDM, pytorch-fid and `make-ref`),
 `mu, sigma, mu_s, sigma_s, arr_0` (ADM, whose 10,000 images serve precision and recall only), `ref_mu, ref_sigma` (the
 JAX release), `arr_0` alone (images), torch-fidelity's cached `.pt`, a folder, zip or tar of images, and a run folder,
-which stands for the images it was trained on.
+which means the images it was trained on.
 """
 
 import datetime
@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from eval.scoring.extractors import Extractor
-from eval.scoring.files import NpzFile, load_tensors, numpy_classes, sha256_file, write_npz
+from eval.scoring.files import load_tensors, numpy_classes, read_npz, write_npz
 from eval.scoring.metrics import MetricOptions, Statistics
 from eval.scoring.options import ADM, CIFAR10_SPLITS, DIGITS
 from eval.scoring.sources import ImagesSource, images_from_array, read_images
@@ -25,6 +25,7 @@ from eval.scoring.threads import interruptible
 from meanflow.data import DataConfig, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, NumericsError, UserError
+from meanflow.files import sha256_file
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.run_folder import RunFolder
 
@@ -68,9 +69,9 @@ class Reference:
 def open_reference(spec: str, data_root: Path, allow_download: bool) -> Reference:
     """Open `--ref`: a name in `options.NAMED`, or a path. Statistics are validated; nothing is extracted.
 
-    What a name stands for is looked for in `data_root`, and fetched there if `allow_download`.
+    Named references are looked for in `data_root`, and downloaded there if `allow_download`.
 
-    Raises AssetError for what is missing or damaged, NumericsError for unusable statistics, UserError otherwise.
+    Raises AssetError for missing or damaged files, NumericsError for unusable statistics, UserError otherwise.
     """
     if spec == DIGITS:
         return reference_of_images(digits("train").images, spec)
@@ -118,7 +119,7 @@ def recipe_reference(config: RunConfig, allow_download: bool = True) -> Referenc
 
 
 def training_images(config: RunConfig, allow_download: bool = True) -> Reference:
-    """A run's own training images, as they are: not flipped, not augmented.
+    """A run's training images, neither flipped nor augmented.
 
     Raises AssetError if they are not there (and, for CIFAR-10, may not be downloaded), and UserError for latents of
     image files, of which the images are not kept.
@@ -145,8 +146,8 @@ def _of_images(images: ImagesSource, spec: str) -> Reference:
 
 
 def _from_npz(path: Path) -> Reference:
-    file = NpzFile(path)
-    digest, holds = sha256_file(path), ", ".join(file.names) or "nothing"
+    file = read_npz(path)
+    digest, holds = sha256_file(path), ", ".join(file) or "nothing"
     if "ref_mu" in file and "ref_sigma" in file:
         return Reference(str(path), digest, holds, validated(file["ref_mu"], file["ref_sigma"], str(path)))
     if "mu" not in file or "sigma" not in file:
@@ -169,14 +170,14 @@ def _from_npz(path: Path) -> Reference:
     return Reference(str(path), digest, holds, statistics, n=n, provenance=provenance, made_by=made_by)
 
 
-def _text(file: NpzFile, name: str, path: Path) -> str:
+def _text(file: dict[str, np.ndarray], name: str, path: Path) -> str:
     try:
         return str(file[name])
     except (SystemError, ValueError):  # numpy's text may hold what is no character
         raise AssetError(f"{path}: {name} is not a text") from None
 
 
-def _count(file: NpzFile, path: Path) -> int:
+def _count(file: dict[str, np.ndarray], path: Path) -> int:
     n = file["n"]
     if n.ndim or not np.issubdtype(n.dtype, np.integer):
         raise AssetError(f"{path}: n is not a whole number")

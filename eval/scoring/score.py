@@ -13,7 +13,6 @@ import torch
 
 from eval.scoring.evaluate import Cost, evaluate
 from eval.scoring.extractors import INCEPTION_FLOPS, Extractor, Options, affordable, create, dims_of, prefetch
-from eval.scoring.files import read_json, write_json
 from eval.scoring.metrics import MetricOptions, frechet
 from eval.scoring.options import INCEPTION, NAMED
 from eval.scoring.protocol import Request, table
@@ -22,12 +21,13 @@ from eval.scoring.sources import Sampling, sample_flops, targets_of
 from eval.scoring.threads import interruptible
 from meanflow.data import LatentsConfig
 from meanflow.errors import AssetError, UserError
+from meanflow.files import read_json, sha256_file, write_json
 from meanflow.logs import log
 from meanflow.precision import exact_float32
 from meanflow.random import generator
-from meanflow.training.checkpoint import Checkpoint, checkpoint_path, file_sha256
+from meanflow.training.checkpoint import Checkpoint, checkpoint_path
 from meanflow.training.config import RunConfig
-from meanflow.training.model import codec_of, open_checkpoint
+from meanflow.training.model import codec_of, device_of, open_checkpoint
 from meanflow.training.processes import DistributedContext, run_on_rank0
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
@@ -74,8 +74,7 @@ def cost_line(config: RunConfig) -> str:
     m = SIZES.get((data.source, data.split), 0) if not named and getattr(data, "path", None) is None else 0
     flops = sum(sample_flops(config, count) for count in steps) * n
     flops += INCEPTION_FLOPS * (n * len(steps) + m) * (name == INCEPTION)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device)
+    line = Cost(n, m, len(steps), dims_of(name, config.image_shape), flops).line(name, device_of(None))
     lines = [f"{line}{'' if m or named else ', besides the training images'}", *warnings]
     return "\n".join(f"{label:<18}{text}" for label, text in zip(["scoring", ""], lines, strict=False))
 
@@ -89,7 +88,7 @@ def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: 
     path, checkpoint = open_checkpoint(what or run.path)
     sampling = Sampling(config.eval.samples, SEED, "random", config.sample.uint8)
     ema, steps = repr(config.ema.eval), config.eval.steps
-    targets = targets_of(path, checkpoint, file_sha256(path), ema, steps, sampling, ctx.device)
+    targets = targets_of(path, checkpoint, sha256_file(path), ema, steps, sampling, ctx.device)
     request = _request(run, config, _extractor(config, ctx), recipe_reference(config))
     return evaluate(request, targets, ctx) or []
 
@@ -165,7 +164,7 @@ def recipe_extractor(config: RunConfig, options: Options, metrics: tuple[str, ..
 
 
 def _extractor(config: RunConfig, ctx: DistributedContext) -> Extractor:
-    """Rank 0 downloads what is missing before the others look."""
+    """Rank 0 downloads missing weights before the others open them."""
     options = Options(ctx.device, allow_download=True)
     run_on_rank0(ctx, lambda: prefetch(config.eval.extractor, options))
     return recipe_extractor(config, options, METRICS)

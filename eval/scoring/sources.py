@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.scoring.files import NpzFile, sha256_images
+from eval.scoring.files import read_npz, sha256_images
 from eval.scoring.options import steps_name
 from meanflow.data import LatentsConfig
 from meanflow.data.archives import open_source
@@ -20,7 +20,7 @@ from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import Checkpoint
 from meanflow.training.config import RunConfig
 from meanflow.training.estimate import forward_multiply_adds
-from meanflow.training.model import WEIGHTS, Model, generate, model_of, to_uint8
+from meanflow.training.model import Model, generate, model_of, to_uint8
 
 BALANCED, RANDOM = "balanced", "random"
 DECODER_FLOPS = 1.24e12 / 256**2  # of Stable Diffusion's VAE, for each pixel of an image
@@ -101,9 +101,9 @@ def read_images(path: Path) -> ImagesSource:
     Raises AssetError or UserError, naming the file, for what cannot be read or mixes sizes.
     """
     if path.suffix == ".npz":
-        file = NpzFile(path)
+        file = read_npz(path)
         if "arr_0" not in file:
-            raise UserError(f"{path} holds {', '.join(file.names) or 'nothing'} but no images (arr_0)")
+            raise UserError(f"{path} holds {', '.join(file) or 'nothing'} but no images (arr_0)")
         return images_from_array(file["arr_0"], str(path))
     try:
         size, channels = _first_image(path)
@@ -152,7 +152,7 @@ class Sampling:
 
 
 class GeneratedSource:
-    """Samples of a network: sample k is a function of (seed, k, times, weights) whatever the batch or process.
+    """Samples of a network: sample k is a function of (seed, k, times, weights), not of the batch or process.
 
     weights: what identifies them, for `describe`. times: the time grid, descending from 1 to 0.
     """
@@ -216,10 +216,10 @@ def targets_of(
 ) -> list[EvalTarget]:
     """Samples of a checkpoint for each EMA × time grid, named like "step00002000-ema0.999-nfe1-n5000".
 
-    ema: a decay, "weights" (or "none"), "all" (every EMA kept), or None for the recipe's. digest: the checkpoint's
+    ema: a decay, "weights", "all" (every EMA kept), or None for the recipe's. digest: the checkpoint's
     sha256. grids: time grids besides the even ones of `steps`. Raises UserError for an EMA that is not there.
     """
-    names = list(checkpoint.ema) if ema == "all" else [WEIGHTS if ema == "none" else ema]
+    names = list(checkpoint.ema) if ema == "all" else [ema]
     times = {steps_name(count): time_grid(count) for count in steps} | {steps_name(0, grid): grid for grid in grids}
     out = []
     for name in names:

@@ -26,7 +26,7 @@ def each(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> It
     """`work(item)` of all items: as they finish, on a CPU's threads; one after the other on a GPU.
 
     As many at once as PyTorch has threads (OMP_NUM_THREADS sets it, torchrun sets it to 1). After an error nothing new
-    is begun; Ctrl-C, or closing the iterator, does not even wait for what is under way.
+    is begun; Ctrl-C, or closing the iterator, does not even wait for work that has begun.
     """
     if device.type != "cpu":
         yield from map(work, items)
@@ -92,7 +92,7 @@ def interruptible(work: Callable[[], R], device: torch.device) -> R:
 
 
 def exit_at_once(code: int) -> None:
-    """At its end the process ends with `code` without further ado, if a thread of `each` is computing still.
+    """At its end the process ends with `code` at once if a thread of `each` is still computing.
 
     The usual way unloads numpy's libraries while they are in use, which crashes. The last call counts.
     """

@@ -6,9 +6,7 @@ from pathlib import Path
 from eval.tables import SCALES
 from meanflow.errors import ConfigError, UserError
 from meanflow.training import settings
-from meanflow.training.config import RunConfig, load_config
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from meanflow.training.config import RECIPES, RunConfig, load_config
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class PaperConfig:
 class ScaleConfig:
     """What a row trains at one scale: full (the paper's), gpu (one card, an hour a table), cpu (two cores, minutes)."""
 
-    base: str  # a recipe's name; {folder} stands for the row's
+    base: str  # a recipe's name; {folder} is replaced by the row's
     set: tuple[str, ...] = ()  # changes to it, before the row's
     each: tuple[tuple[str, ...], ...] | None = None  # further changes, a list for each row, after the row's
     seeds: tuple[int, ...] = (0,)

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.scoring.files import write_atomically
+from meanflow.files import write_text
+from meanflow.logs import aligned
 
 
 def write_files(
@@ -33,16 +33,5 @@ def write_files(
         "table.json": json.dumps(tree, indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in files.items():
-        write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
+        write_text(out / name, text)
     return "\n".join([*aligned(rows), "", facts["question"], *notes])
-
-
-def aligned(rows: list[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines with the first `left` columns to the left and the others to the right."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -12,11 +12,10 @@ from eval.benchmark.clock import ratio
 from eval.benchmark.rows import Plan, Report, measure
 from eval.reports.curves import COLOURS, plain
 from eval.tables import SCALES
-from eval.tables.config import RECIPES
 from eval.tables.files import write_files
 from meanflow.errors import ConfigError, UserError, write_errors_named
 from meanflow.training import settings
-from meanflow.training.config import load_config
+from meanflow.training.config import RECIPES, load_config
 from meanflow.training.run_folder import environment
 
 FIXED = ("train.batch", "train.precision", "train.compile", "train.jvp")

@@ -3,8 +3,8 @@
 import torch
 
 from eval.tables.config import Table
-from eval.tables.files import aligned
 from eval.tables.overhead import Overhead
+from meanflow.logs import aligned
 from meanflow.random import generator
 from meanflow.training.config import RunConfig
 from meanflow.training.estimate import forward_multiply_adds

@@ -1,4 +1,4 @@
-"""What the runs of a table came to: figures by row with spread over seeds, and whether the order is the paper's."""
+"""The results of a table: figures by row with spread over seeds, and whether the order is the paper's."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ class Result:
 
     figures: dict[str, float]
     accuracy: ClassifierAccuracy | None
-    cautions: tuple[str, ...]  # why its figures may not stand beside published ones
+    cautions: tuple[str, ...]  # why its figures do not compare with published ones
     process_hours: float  # of training
     device: str  # in words, of its last start
 

@@ -81,7 +81,7 @@ def run_table(table: Table | overhead.Overhead, out: Path, ctx: DistributedConte
             elif code := job(run.recipe, folder.path, ctx):
                 return code
             results.setdefault(run.row, []).append(measure(table, run, folder, ctx))
-        except NumericsError as error:  # a bad setting may be the very point of a row
+        except NumericsError as error:  # a row may be about a bad setting
             log.info(f"no figures of {folder.path}: {error}")
             diverged.append(run)
     if ctx.is_main and results:

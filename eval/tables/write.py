@@ -60,7 +60,7 @@ def _cells(table: Table, line: Line) -> list[str]:
 
 
 def _sheet(table: Table, lines: list[Line]) -> list[list[Any]]:
-    """Numbers to compute with: the mean and the standard deviation of each figure in columns of their own."""
+    """Numbers to compute with: the mean and the standard deviation of each figure in separate columns."""
     labels = [*lines[0].labels, *([ACCURACY] if table.settings.classifier else [])]
     spread = [name for label in labels for name in (label, f"{label} sd")]
     sheet: list[list[Any]] = [[table.config.parameter, *spread, *_quoted(table), "seeds", "samples", "hours"]]

@@ -1,4 +1,4 @@
-"""How far a trained u is from the truth, and what it makes of noise."""
+"""Errors of a trained u against the truth, and distances of its samples to data."""
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ shards.py            … and their files
 codec.py             the VAE
 """
 
-from meanflow.data.dataset import DataConfig, Dataset, batch_indices, epoch_order, load_dataset
+from meanflow.data.dataset import DataConfig, Dataset, batch_indices, load_dataset
 from meanflow.data.latents import Latents, LatentsConfig, open_latents
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Latents",
     "LatentsConfig",
     "batch_indices",
-    "epoch_order",
     "load_dataset",
     "open_latents",
 ]

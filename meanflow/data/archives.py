@@ -1,8 +1,8 @@
 """Folders of files, and zips and tars that are read in place and never extracted.
 
-Archives come from strangers, so what only an attack or a mistake contains is refused before anything is read: links
-and devices, absolute paths and "..", members listed twice, members above 64 MB, and what unpacks to more than a hundred
-times its size.
+Archives may come from strangers, so signs of an attack or a mistake are refused before anything is read: links and
+devices, absolute paths and "..", members listed twice, members above 64 MB, and archives that unpack to more than a
+hundred times their size.
 """
 
 import lzma
@@ -36,7 +36,7 @@ DAMAGE = (
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The listing of a folder or archive, without hidden files, and the means to read a file of it."""
+    """The listing of a folder or archive, without hidden files, and how to read its files."""
 
     where: str  # the setting and its path, for messages
     files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of fastest reading
@@ -57,12 +57,8 @@ class Source:
 def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
     """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are recognised by content, not by suffix.
 
-    Args:
-        path: the folder or archive; `~` is expanded.
-        setting: where the user named it, for messages; may be empty.
-
-    Raises:
-        AssetError: nothing there, unreadable, not an archive, damaged or cut short, or with unsafe members.
+    `~` is expanded. setting: where the user named the path, for messages; may be empty. Raises AssetError for a path
+    that is missing, unreadable, not an archive, damaged, or that has unsafe members.
     """
     where, location = f"{setting} {path}".strip(), Path(os.path.expanduser(path))
     with ExitStack() as stack:

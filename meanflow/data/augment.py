@@ -65,12 +65,11 @@ class AugmentDraw:
 def draw(n: int, p: float, flip: bool, anisotropy: str, generator: torch.Generator) -> AugmentDraw:
     """Draw the augmentation of n images.
 
-    Args:
-        n: images; draw for the global batch and `select`, so that the result does not depend on the processes.
-        p: probability of each of scale, anisotropy and translation, independently (EDM: 0.12 for CIFAR-10).
-        flip: whether to flip images, each with probability ½.
-        anisotropy: one of ANISOTROPIES, see the module's docstring. Both begin with the same draws.
-        generator: on the CPU. How far it advances depends on n and `anisotropy` alone.
+    Draw for the global batch and `select`, so that the result does not depend on the number of processes.
+
+    p: probability of each of scale, anisotropy and translation, independently. flip: flip each image with probability
+    ½. anisotropy: one of ANISOTROPIES, see the module's docstring. generator: on the CPU; how far it advances depends
+    on n and `anisotropy` alone.
     """
     coin = torch.rand(n, generator=generator) < 0.5
     drawn = torch.rand(n, 3, generator=generator) < p  # scale, anisotropy, translation
@@ -106,15 +105,9 @@ def _inverse_linear(a: torch.Tensor, b: torch.Tensor, theta: torch.Tensor) -> to
 
 @torch.no_grad()
 def apply(images: torch.Tensor, draw: AugmentDraw) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augment images as drawn, on their device and without waiting for it.
+    """Augment images (B, C, H, W), float32 in [−1, 1], H, W ≥ 2, on their device and without waiting for it.
 
-    Args:
-        images: (B, C, H, W) float32 in [−1, 1], H, W ≥ 2.
-        draw: B draws.
-
-    Returns:
-        The augmented images, (B, C, H, W) float32 (the filter may overshoot [−1, 1] a little at edges), and
-        their labels, (B, 6) float32, both on `images.device`.
+    Returns the images (the filter may overshoot [−1, 1] a little at edges) and their labels, (B, 6) float32.
     """
     if len(images) != len(draw):
         raise ValueError(f"{len(images)} images, but the draw is for {len(draw)}")

@@ -1,4 +1,4 @@
-"""All that is wrong with a folder, zip or tar of images, at once: `bash run.sh check_data`."""
+"""All faults of a folder, zip or tar of images, at once: `bash run.sh check_data`."""
 
 import os
 import shlex
@@ -55,23 +55,19 @@ class Report:
 
     @property
     def settings(self) -> str:
-        """What a recipe has to be told."""
+        """The settings that a recipe needs for these images."""
         size = f"model.image_size={self.size}" if self.size == 32 or self.size % 4 else size_settings(self.size)
         return f"{size} model.channels={self.channels} model.classes={len(self.classes)}"
 
 
 def check_images(path: str, split: str = "train", size: int | None = None, channels: int | None = None) -> Report:
-    """Read every image of a split and group what is wrong.
+    """Read every image of a split and group the faults.
 
-    Args:
-        path: a folder, zip or tar in the layout of `meanflow.data.images`; `~` is expanded.
-        split: "train" or "test".
-        size: pixels a side that the images should have; None: the most common size of those that are square.
-        channels: 1 or 3, that they should have; None: 3 unless most are grey.
+    path: a folder, zip or tar in the layout of `meanflow.data.images`. size: pixels a side that the images should have;
+    None: the most common size of those that are square. channels: 1 or 3; None: 3 unless most are grey.
 
-    Raises:
-        AssetError: nothing there, no images, a run folder, or an archive that is damaged or unsafe as a whole.
-        ConfigError: the source does not have the split.
+    Raises AssetError for no images, a run folder, or an archive that is damaged or unsafe as a whole, and ConfigError
+    if the source does not have the split.
     """
     with open_source(path, "") as source:
         layout = survey(source, split)

@@ -4,7 +4,6 @@ A codec gives the mean and the standard deviation of an image's latent as the VA
 network sees is (mean + std·noise)·scale, and that is also what `decode` takes.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 from meanflow.precision import exact_float32
 
 SD_SCALE = 0.18215  # of Stable Diffusion's VAEs, which brings their latents to about unit variance
@@ -115,16 +115,10 @@ def to_network_range(images: Tensor) -> Tensor:
 
 
 def open_codec(vae: str, device: torch.device | str, decode_precision: str, decode_batch: int) -> Codec:
-    """The codec that `data.vae` names.
+    """The codec that `data.vae` names: "space-to-depth", a folder in diffusers' layout, or a name on the HF hub.
 
-    Args:
-        vae: "space-to-depth", a local folder in diffusers' layout, or a name on the Hugging Face hub.
-        device: where it encodes and decodes.
-        decode_precision: "fp32" or "bf16" (autocast), of the decoder; encoding is always float32.
-        decode_batch: images decoded at once.
-
-    Raises:
-        AssetError: diffusers or the weights are missing, or the weights are damaged, of another kind or scale.
+    decode_precision: "fp32" or "bf16" (autocast) of the decoder; encoding is always float32. Raises AssetError where
+    diffusers or the weights are missing, or the weights are damaged or of another kind or scale.
     """
     if vae == SPACE_TO_DEPTH:
         return SpaceToDepth(device)
@@ -140,18 +134,6 @@ def local_weights(vae: str) -> Path | None:
     """The weights of a VAE in a local folder; None if `vae` is not one."""
     path = Path(os.path.expanduser(vae)) / WEIGHTS
     return path if os.path.exists(path) else None
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex. Raises AssetError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    except OSError as error:
-        raise AssetError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()
 
 
 def load_autoencoder(name: str, folder: Path) -> Any:

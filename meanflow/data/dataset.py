@@ -27,8 +27,7 @@ NETWORK_TIMEOUT_S = 60
 class DataConfig:
     """Where the images come from and how they are augmented.
 
-    Raises:
-        ValueError: a field is out of range; the message begins with the field's name.
+    Raises ValueError, naming the field, when one is out of range.
     """
 
     kind: Literal["images"] = "images"
@@ -54,9 +53,6 @@ class DataConfig:
             raise ValueError(f"augment_p must lie in 0 … 1, not {self.augment_p}")
         if self.anisotropy not in ANISOTROPIES:
             raise ValueError(f"anisotropy must be one of {', '.join(ANISOTROPIES)}, not {self.anisotropy!r}")
-        for name in ("flip", "flip_unlabelled"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def augment_labels(self) -> int:
@@ -79,17 +75,11 @@ class Dataset:
 def load_dataset(config: DataConfig, image_size: int, channels: int, progress: bool = True) -> Dataset:
     """Load the configured images into memory (on the CPU), downloading CIFAR-10 if it is not there.
 
-    With several processes, let one load first: the download is not guarded against another one beside it.
+    With several processes let one load first, since two downloads at a time would clash. `config.path` takes precedence
+    over `config.source`. image_size, channels (1: grey, 3: RGB): what the network expects. progress: show a bar.
 
-    Args:
-        config: what to load; `config.path` wins over `config.source`.
-        image_size: height and width that the network expects.
-        channels: 1 (grey) or 3 (RGB).
-        progress: show a bar where reading takes long.
-
-    Raises:
-        ConfigError: image_size, channels or split do not fit the source.
-        AssetError: missing, damaged or unsuitable files, no network, no disk space.
+    Raises ConfigError where size, channels or split do not fit the source, and AssetError for missing, damaged or
+    unsuitable files, no network or no disk space.
     """
     if channels not in MODES:
         raise ConfigError(f"images have 1 (grey) or 3 (RGB) channels, not {channels}")
@@ -171,20 +161,8 @@ def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator(seed, "order", epoch))
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order in which `epoch` (0, 1, …) visits n images: a permutation, int64 (n,), on the CPU."""
-    return _permutation(n, seed, epoch).clone()
-
-
 def batch_indices(n: int, seed: int, start: int, count: int) -> torch.Tensor:
-    """Image numbers at positions start … start + count − 1 of the stream, int64 (count,), on the CPU.
-
-    Args:
-        n: images in the data set, at least 1.
-        seed: the run's seed.
-        start: first position, at least 0: images seen before this batch.
-        count: how many; may cross any number of epoch borders.
-    """
+    """Image numbers at positions start … start + count − 1 of the stream of n images, int64 (count,), on the CPU."""
     if n < 1 or start < 0 or count < 0:
         raise ValueError(f"batch_indices needs n ≥ 1, start ≥ 0, count ≥ 0, not {n}, {start}, {count}")
     end = start + count

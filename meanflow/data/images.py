@@ -55,12 +55,8 @@ class Layout:
 
 
 def arrange(source: Source, split: str) -> Layout:
-    """The layout of a split, which is sound: neither loose images nor empty class folders.
-
-    Raises:
-        AssetError: no images, a class folder without images, or loose images beside class folders.
-        ConfigError: the source does not have the split.
-    """
+    """The layout of a split. Raises AssetError for no images, an empty class folder, or images beside class folders,
+    and ConfigError if the source does not have the split."""
     layout = survey(source, split)
     if layout.loose:
         raise AssetError(f"{source.name(layout.loose[0])} lies beside class folders: move it into one of them")
@@ -131,14 +127,11 @@ def _split_folder(source: Source, images: list[Parts], base: Parts, split: str) 
 def load_images(
     path: str, split: str, image_size: int, channels: int, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[str, ...]]:
-    """Read a folder, zip or tar.
+    """Images of a folder, zip or tar, uint8 (N, C, S, S), sorted by path; labels, int64 (N,), None for a flat folder;
+    class names.
 
-    Returns:
-        images, uint8 (N, C, S, S), sorted by path; labels, int64 (N,), None for a flat folder; class names.
-
-    Raises:
-        AssetError: an unreadable source, or an image that is broken or of another size or mode, by name.
-        ConfigError: the source does not have the split.
+    Raises AssetError for an unreadable source or, by name, an image that is broken or of another size or mode, and
+    ConfigError if the source does not have the split.
     """
     with open_source(path) as source, decoders() as pool:
         layout = arrange(source, split)
@@ -159,10 +152,9 @@ def load_images(
 
 @contextmanager
 def decoders(processes: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """Threads that decode images, with Pillow's guard against decompression bombs an error.
+    """Threads that decode images, with Pillow's warning about decompression bombs made an error.
 
-    Args:
-        processes: how many processes of this machine decode at the same time.
+    processes: how many processes of this machine decode at the same time.
     """
     workers = max(1, min(8, (os.cpu_count() or 1) // processes))
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:

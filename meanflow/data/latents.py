@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of, sha256_file
+from meanflow.data.codec import SPACE_TO_DEPTH, local_weights, scale_of
 from meanflow.data.dataset import SPLITS
-from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest, sha256_json
+from meanflow.data.shards import LABELS, MANIFEST, Manifest, Plan, fault, read_manifest
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file, sha256_json
 from meanflow.logs import progress_bar
 
 SOURCES = ("folder", "digits")
@@ -24,8 +25,7 @@ PRECISIONS = ("fp32", "bf16")
 class LatentsConfig:
     """Which images become latents, where these are kept, and how samples become images again.
 
-    Raises:
-        ValueError: a field is out of range; the message begins with the field's name.
+    Raises ValueError, naming the field, when one is out of range.
     """
 
     kind: Literal["latents"]
@@ -40,8 +40,6 @@ class LatentsConfig:
     decode_batch: int = 32  # images decoded at once
 
     def __post_init__(self):
-        if self.kind != "latents":
-            raise ValueError(f"kind must be latents, not {self.kind!r}")
         for name, choices in (("source", SOURCES), ("split", SPLITS), ("decode_precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -55,8 +53,6 @@ class LatentsConfig:
         for name in ("image_size", "decode_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be true or false, not {self.flip!r}")
 
     @property
     def image_channels(self) -> int:
@@ -68,14 +64,14 @@ class Latents:
     """N memory-mapped latents; a process reads from the page cache, which all processes of a machine share.
 
     shape: (C, h, w). labels: int64 (N,), in 0 … len(class_names) − 1. scale: what mean + std·noise is multiplied by.
-    codec: name and sha256 of what encoded them. sha256: of all content. skipped: images left out as unreadable.
+    codec: name and sha256 of what encoded them. sha256: of all content.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
         """Raises AssetError for labels that are missing or do not belong to the manifest."""
         plan = manifest.plan
         self.shape, self.scale, self.codec = plan.shape, plan.scale, dict(plan.codec)
-        self.class_names, self.image_size, self.skipped = plan.classes, plan.image_size, len(manifest.skipped)
+        self.class_names, self.image_size = plan.classes, plan.image_size
         self.labels = _read_labels(folder / LABELS, manifest)
         contents = [[shard.sha256 for shard in manifest.shards], manifest.labels_sha256]
         self.sha256 = sha256_json([plan.identity(), contents])
@@ -87,17 +83,10 @@ class Latents:
         return len(self.labels)
 
     def read(self, indices: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of some images, unscaled.
+        """Mean and standard deviation of the latents of some images, unscaled: float16 (n, C, h, w), on the CPU.
 
-        Args:
-            indices: int64 (n,) on the CPU, 0 … N − 1.
-            mirror: bool (n,) on the CPU: take the mirror image's latent.
-
-        Returns:
-            mean and std, float16 (n, C, h, w), contiguous, on the CPU.
-
-        Raises:
-            IndexError: an index out of range.
+        indices (n,) int64, 0 … N − 1, and mirror (n,) bool (take the mirror image's latent), both on the CPU. Raises
+        IndexError for an index out of range.
         """
         numbers = indices.numpy()
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
@@ -112,16 +101,10 @@ class Latents:
 
 
 def open_latents(folder: Path, config: LatentsConfig, shape: tuple[int, int, int] | None = None) -> Latents:
-    """Open prepared latents. Sizes and the manifest are checked, contents are not: that is `verify`'s.
+    """Open prepared latents. Sizes and the manifest are checked; `verify` checks contents.
 
-    Args:
-        folder: where the manifest is.
-        config: the recipe's settings, which the latents must have been made with.
-        shape: (C, h, w) that the network expects; None: any.
-
-    Raises:
-        AssetError: no manifest, or a damaged one; a shard that is truncated, missing or foreign, by name.
-        ConfigError: a manifest of another version; latents of another source, split, VAE, image size, scale or shape.
+    shape: (C, h, w) that the network expects; None: any. Raises AssetError for a manifest or shard that is missing,
+    damaged or foreign, and ConfigError for latents made with other settings than `config` or of another version.
     """
     folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
@@ -184,7 +167,7 @@ def refuse_faults(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: Path) -> Latents:
-    """Compare every checksum of prepared latents, whatever they were made with; reads all of it.
+    """Verify every checksum of prepared latents, made with any settings. Reads all of them.
 
     Raises AssetError naming what is damaged.
     """

@@ -38,12 +38,11 @@ from meanflow.data.shards import (
     read_manifest,
     read_plan,
     remove_leftovers,
-    sha256_json,
     shard_entry,
-    write_atomically,
     write_manifest,
 )
 from meanflow.errors import AssetError, ConfigError, write_errors_named
+from meanflow.files import sha256_json, write_bytes
 from meanflow.logs import log, progress_bar
 
 SHARD_IMAGES = 1024  # 34 MB of latents at 4×32×32, and the most that an interruption loses
@@ -67,11 +66,10 @@ class Listing:
 
 @contextmanager
 def open_listing(config: LatentsConfig, processes: int) -> Iterator[Listing]:
-    """The images that `config` names; so many `processes` of this machine read them at the same time.
+    """The images that `config` names. processes: how many processes of this machine read at the same time.
 
-    Raises:
-        AssetError: nothing there, unreadable, no class folders, or one that is empty.
-        ConfigError: no such split, or an image size that the source does not have.
+    Raises AssetError for missing or unreadable images or class folders, ConfigError for a split or an image size that
+    the source does not have.
     """
     if config.source == "digits":
         yield _digits(config)
@@ -128,19 +126,13 @@ def prepare(
     Processes need no connection: whichever finds all shards done writes the manifest. So it is there once all
     processes have returned (where files of other machines appear late, one more call in one process writes it).
 
-    Args:
-        config: which images, which VAE, into which folder.
-        rank, world: this process among those that prepare.
-        device: where the VAE encodes.
-        skip_broken: leave out images that cannot be read (they are listed in the manifest) instead of stopping.
-        batch: images encoded at once.
-        shard_images: files a shard stands for, in a new preparation.
-        shape, classes: of the latents and labels that a network takes; None: any.
+    skip_broken: leave out images that cannot be read (they are listed in the manifest) instead of stopping. batch:
+    images encoded at once. shard_images: files of a shard, in a new preparation. shape, classes: of the latents and
+    labels that a network takes; None: any.
 
-    Raises:
-        AssetError: an image, archive, VAE or disk that cannot be used, or another process at work in the folder.
-        ConfigError: the folder was begun with other settings or images, or the network takes others.
-        NumericsError: the VAE gives NaN or infinity.
+    Raises AssetError for an image, archive, VAE or disk that cannot be used, or where another process works in the
+    folder; ConfigError if it was begun with other settings or images, or the network takes others; NumericsError if the
+    VAE gives NaN or infinity.
     """
     folder = Path(os.path.expanduser(config.latents))
     if _is_prepared(folder, config):
@@ -171,7 +163,7 @@ def prepare(
 
 
 def _refuse_another_network(plan: Plan, shape: tuple[int, int, int] | None, classes: int | None) -> None:
-    """Before hours of encoding rather than after. Raises ConfigError."""
+    """Raises ConfigError, before hours of encoding, if the network takes other latents or classes."""
     if shape is not None and plan.shape != shape:
         raise ConfigError(
             f"the latents would be {plan.shape} (channels, height, width) and the model is set to {shape}: change its "
@@ -185,7 +177,7 @@ def _refuse_another_network(plan: Plan, shape: tuple[int, int, int] | None, clas
 
 
 def _is_prepared(folder: Path, config: LatentsConfig) -> bool:
-    """Whether all is there, made of the same images by the same settings. Raises ConfigError for other settings."""
+    """Whether all latents are there, of the same images. Raises ConfigError if they have other settings."""
     if not os.path.exists(folder / MANIFEST):
         return False
     manifest = read_manifest(folder)
@@ -201,7 +193,7 @@ def _absolute(path: str | None) -> str | None:
 
 @contextmanager
 def _hold(folder: Path, rank: int) -> Iterator[None]:
-    """Keep a second command out of the folder, for as long as this process lives at most."""
+    """Lock the folder against a second command, at most until this process ends."""
     path = folder / f".rank{rank}.lock"
     with ExitStack() as stack:
         with write_errors_named(path):
@@ -236,7 +228,7 @@ def _begun_plan(folder: Path, requested: Plan, rank: int) -> Plan:
     """The plan that the folder was begun with; `requested` if it is new. Raises ConfigError where they differ."""
     path = folder / PLAN
     if not path.exists():
-        write_atomically(path, json.dumps(asdict(requested), indent=1).encode(), rank)
+        write_bytes(path, json.dumps(asdict(requested), indent=1).encode(), rank, sync=True)
     begun = read_plan(path)
     old, new = begun.identity(), requested.identity()
     if begun.codec["sha256"] != requested.codec["sha256"]:  # named, since checksums say little

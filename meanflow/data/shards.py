@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from meanflow.errors import AssetError, ConfigError, NumericsError, write_errors_named
+from meanflow.files import replacing, sha256_json, write_bytes
 
 FORMAT = 1
 PLAN, MANIFEST, LABELS = "plan.json", "manifest.json", "labels.bin"
@@ -96,10 +97,6 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.bin"
 
 
-def sha256_json(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -128,9 +125,6 @@ class ShardWriter:
 
     def finish(self, seal: bytes) -> dict[str, Any]:
         self._write(seal)
-        with write_errors_named(self.path):
-            self.file.flush()
-            os.fsync(self.file.fileno())
         counted = {"count": len(self.labels), "bytes": self.bytes, "sha256": self.digest.hexdigest()}
         return counted | {"labels": self.labels, "skipped": self.skipped}
 
@@ -142,41 +136,11 @@ def new_shard(folder: Path, plan: Plan, index: int, rank: int) -> Iterator[Shard
     Raises AssetError if the disk refuses.
     """
     path = shard_path(folder, index)
-    temporary = _temporary(path, rank)
-    try:
-        with write_errors_named(path):
-            file = temporary.open("wb")
-        with file:
-            writer = ShardWriter(file, path)
-            yield writer
-            entry = writer.finish(plan.seal(index))
-        with write_errors_named(path):
-            temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):  # the disk may refuse this too
-            temporary.unlink(missing_ok=True)
-        raise
-    write_atomically(path.with_suffix(".json"), json.dumps(entry).encode(), rank)
-
-
-def write_atomically(path: Path, data: bytes, rank: int) -> None:
-    """Write beside `path` and rename. Raises AssetError if the disk refuses."""
-    temporary = _temporary(path, rank)
-    with write_errors_named(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):  # as above
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-def _temporary(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.name}.{rank}.tmp")
+    with replacing(path, rank, sync=True) as file:
+        writer = ShardWriter(file, path)
+        yield writer
+        entry = writer.finish(plan.seal(index))
+    write_bytes(path.with_suffix(".json"), json.dumps(entry).encode(), rank, sync=True)
 
 
 def remove_leftovers(folder: Path, rank: int, world: int) -> None:
@@ -204,8 +168,9 @@ def write_manifest(folder: Path, plan: Plan, rank: int) -> Manifest | None:
         raise AssetError(f"{plan.images}: none of its {plan.files:,} images can be read ({skipped[0][1]})")
     manifest = Manifest(plan, len(labels), shards, hashlib.sha256(raw).hexdigest(), skipped)
     tree = asdict(manifest)
-    write_atomically(folder / LABELS, raw, rank)
-    write_atomically(folder / MANIFEST, json.dumps(tree.pop("plan") | tree, indent=1).encode(), rank)
+    write_bytes(folder / LABELS, raw, rank, sync=True)
+    content = json.dumps(tree.pop("plan") | tree, indent=1).encode()
+    write_bytes(folder / MANIFEST, content, rank, sync=True)
     return manifest
 
 

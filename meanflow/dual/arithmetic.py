@@ -11,8 +11,8 @@ from torch import Tensor
 from meanflow.dual.number import (
     Dual,
     broadcast_dual,
+    check_inner,
     dual,
-    inner,
     matching_rows,
     no_rule,
     rule,
@@ -111,7 +111,7 @@ def _of_operands(name: str, tangent: Callable) -> None:
 
 
 def _larger(d: list, p: list) -> Tensor:
-    """Where both are equal the derivative is the mean of theirs, as PyTorch has it."""
+    """Where both are equal the derivative is the mean of theirs, as in PyTorch."""
     return torch.where(p[0] == p[1], (d[0] + d[1]) / 2, torch.where(p[0] > p[1], d[0], d[1]))
 
 
@@ -153,6 +153,7 @@ OF_ONE = {
     torch.tanh: lambda dx, x, y: aten.tanh_backward(dx, y),
     torch.sigmoid: lambda dx, x, y: aten.sigmoid_backward(dx, y),
     torch.clamp: lambda dx, x, y, min=None, max=None: torch.where(x == y, dx, 0),
+    torch.clip: lambda dx, x, y, min=None, max=None: torch.where(x == y, dx, 0),
     torch.clamp_min: lambda dx, x, y, min: torch.where(x == y, dx, 0),
     torch.clamp_max: lambda dx, x, y, max: torch.where(x == y, dx, 0),
     F.relu: lambda dx, x, y, inplace=False: aten.threshold_backward(dx, y, 0),
@@ -187,8 +188,6 @@ def _of_one(operation: Callable, tangent: Callable) -> Callable:
 
 for _operation, _tangent in OF_ONE.items():
     rule(_operation.__name__)(_of_one(_operation, _tangent))
-for _name in ("clip",):
-    rule(_name)(_of_one(torch.clamp, OF_ONE[torch.clamp]))
 
 
 @rule("prelu")
@@ -205,8 +204,7 @@ def prelu(x: Dual, weight: Tensor) -> Dual:
 @rule("glu")
 def glu(x: Dual, dim: int = -1) -> Dual:
     """y = a σ(b) with a and b the two halves of x."""
-    if not inner(x, dim):
-        raise no_rule("glu over the batch dimension")
+    check_inner("glu", x, dim)
 
     def tangent() -> Tensor:
         (a, b), (da, db) = x.primal_rows.chunk(2, dim), x.tangent.chunk(2, dim)
@@ -218,7 +216,7 @@ def glu(x: Dual, dim: int = -1) -> Dual:
 
 @rule("dropout")
 def dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
-    """The tangent meets the value's own mask, which is the one that F.dropout draws from the same seed."""
+    """The tangent takes the value's mask, which is the one that F.dropout draws from the same seed."""
     if not training or p == 0:
         return input
     value, mask = torch.native_dropout(input.value, p, True)

@@ -43,20 +43,10 @@ CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpos
 for _operation in (F.linear, *CONVOLUTIONS):
     rule(_operation.__name__)(_weighted(_operation))
 
-# operation: whether the arguments leave the batch first. A pool without a batch dimension takes ours for channels, and
-# channels do not mix.
-LINEAR = {
-    F.avg_pool1d: lambda x, *_, **__: True,
-    F.avg_pool2d: lambda x, *_, **__: True,
-    F.avg_pool3d: lambda x, *_, **__: True,
-    F.adaptive_avg_pool1d: lambda x, *_: True,
-    F.adaptive_avg_pool2d: lambda x, *_: True,
-    F.adaptive_avg_pool3d: lambda x, *_: True,
-    F.interpolate: lambda x, *_, **__: True,
-    F.channel_shuffle: lambda x, groups: True,
-}
-for _operation, _keeps_batch in LINEAR.items():
-    rule(_operation.__name__)(linear(_operation, _keeps_batch))
+# A pool of an input without a batch dimension takes ours for channels, and channels do not mix.
+POOLS = F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
+for _operation in (*POOLS, F.interpolate, F.channel_shuffle):
+    rule(_operation.__name__)(linear(_operation))
 
 
 def _pixels(operation: Callable) -> Callable:

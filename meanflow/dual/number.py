@@ -1,4 +1,4 @@
-"""The dual number itself, the register of rules, and what rules are built from."""
+"""The dual number, the register of rules, and the parts that rules are built from."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from meanflow.errors import UserError
 
-WAYS_OUT = 'set train.jvp: func for this network (in library use jvp="func"), or register a rule (docs/own-network.md)'
+WAYS_OUT = (
+    'set train.jvp: func for this network (as a library: method="func"), or register a rule (docs/own-network.md)'
+)
 
 
 class NoTangentRule(UserError, TypeError):
@@ -21,7 +23,7 @@ def no_rule(what: str) -> NoTangentRule:
 
 class Rule(NamedTuple):
     function: Callable
-    any_operand: bool  # whether a Dual may stand elsewhere than in the first place
+    any_operand: bool  # whether arguments other than the first may be Duals
 
 
 RULES: dict[str, Rule] = {}
@@ -43,7 +45,7 @@ def rule(*names: str, any_operand: bool = False) -> Callable:
 
 
 def apply_rule(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the rule of the operation `name` gives. Raises NoTangentRule if there is none for these arguments."""
+    """Apply the rule of the operation `name`. Raises NoTangentRule if there is none for these arguments."""
     if name not in RULES:
         raise no_rule(name)
     if kwargs.get("inplace"):
@@ -113,7 +115,7 @@ class Dual:
             name = name.strip("_") if name.startswith("__") else name  # add_ is not add
         return apply_rule(name, args, kwargs or {})
 
-    # What networks ask of a tensor.
+    # Attributes of a tensor that networks use.
     shape = property(lambda self: self.value.shape)
     dtype = property(lambda self: self.value.dtype)
     device = property(lambda self: self.value.device)
@@ -151,7 +153,7 @@ class Dual:
     __itruediv__, __ipow__, __setitem__ = _operator("div_"), _operator("pow_"), _operator("setitem")
 
 
-# --- what rules are built from ---------------------------------------------------------------------------------
+# --- parts of rules ---------------------------------------------------------------------------------
 
 
 def dual(value: Tensor | tuple, tangent: Callable[[], Tensor | tuple]) -> Any:
@@ -182,7 +184,7 @@ def tangent_of(x: Any) -> Tensor | int:
 
 
 def matching_rows(x: Any, like: Dual) -> Any:
-    """The part of an operand that meets the first n rows of `like`, detached.
+    """The part of an operand that is combined with the first n rows of `like`, detached.
 
     A tensor that is broadcast over the batch passes whole, as numbers do.
     """
@@ -220,6 +222,12 @@ def as_tuple(dim: int | tuple | list | None) -> tuple:
 def inner(x: Dual, *dims: int | None) -> bool:
     """Whether `dims` are given and are not the batch dimension."""
     return bool(dims) and all(dim is not None and dim % x.ndim > 0 for dim in dims)
+
+
+def check_inner(name: str, x: Dual, *dims: int | None) -> None:
+    """Raises NoTangentRule unless `inner`."""
+    if not inner(x, *dims):
+        raise no_rule(f"{name} over the batch dimension")
 
 
 def linear(operation: Callable, keeps_batch: Callable[..., bool] = lambda *_, **__: True) -> Callable:

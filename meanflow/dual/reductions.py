@@ -1,4 +1,4 @@
-"""Rules of what reduces dimensions: sums, extrema, norms, softmax, normalisation."""
+"""Rules of reductions and normalisation: sums, extrema, norms, softmax, layers such as group norm."""
 
 import math
 from collections import namedtuple
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meanflow.dual.number import Dual, as_tuple, dual, inner, linear, no_rule, rule
+from meanflow.dual.number import Dual, as_tuple, check_inner, dual, inner, linear, no_rule, rule
 
 aten = torch.ops.aten
 
@@ -30,8 +30,7 @@ def _extremum(name: str, of_two: Callable) -> None:
     def apply(x, dim=None, keepdim: bool = False) -> Dual | Extremum:
         if isinstance(dim, Tensor | Dual):
             return of_two(x, dim)
-        if not inner(x, dim):
-            raise no_rule(f"{name} over the batch dimension")
+        check_inner(name, x, dim)
         value, indices = operation(x.value, dim, keepdim=True)
 
         def shape(y: Tensor) -> Tensor:
@@ -51,8 +50,7 @@ def _reduction(name: str, weight: Callable) -> None:
 
     @rule(name)
     def apply(x: Dual, dim: int | tuple | None = None, keepdim: bool = False) -> Dual:
-        if not inner(x, *as_tuple(dim)):
-            raise no_rule(f"{name} over the batch dimension")
+        check_inner(name, x, *as_tuple(dim))
         value = operation(x.value, dim, keepdim)
 
         def tangent() -> Tensor:
@@ -63,7 +61,7 @@ def _reduction(name: str, weight: Callable) -> None:
 
 
 def _where_equal(x: Tensor, y: Tensor, dim: int | tuple) -> Tensor:
-    """Several maxima share alike, as PyTorch has it."""
+    """Equal maxima share the derivative equally, as in PyTorch."""
     equal = x == y
     return equal / equal.sum(dim, keepdim=True)
 
@@ -127,8 +125,7 @@ def normalize(input: Dual, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out
 @rule("softmax")
 def softmax(x: Dual, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Dual:
     """The Jacobian diag(y) − y yᵀ is symmetric: the kernel of the backward pass serves."""
-    if not inner(x, dim):
-        raise no_rule("softmax over the batch dimension")
+    check_inner("softmax", x, dim)
     value = torch.softmax(x.value, dim, dtype=dtype)
 
     def tangent() -> Tensor:
@@ -139,8 +136,7 @@ def softmax(x: Dual, dim: int | None = None, dtype: torch.dtype | None = None, _
 
 @rule("log_softmax")
 def log_softmax(x: Dual, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Dual:
-    if not inner(x, dim):
-        raise no_rule("log_softmax over the batch dimension")
+    check_inner("log_softmax", x, dim)
     value = torch.log_softmax(x.value, dim, dtype=dtype)
 
     def tangent() -> Tensor:

@@ -1,4 +1,4 @@
-"""Rules of what moves, selects and joins entries, and of what depends on a tensor's shape or comparisons alone."""
+"""Rules of operations that move, select or join entries, or that depend on shapes and comparisons alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,15 +38,11 @@ LINEAR = {
     "repeat_interleave": lambda x, repeats, dim=None: inner(x, dim),
     "tril": lambda x, diagonal=0: x.ndim > 2,
     "triu": lambda x, diagonal=0: x.ndim > 2,
-    "contiguous": lambda x, memory_format=None: True,
-    "clone": lambda x, memory_format=None: True,
-    "float": lambda x: True,
-    "double": lambda x: True,
-    "half": lambda x: True,
-    "bfloat16": lambda x: True,
 }
 for _name, _keeps_batch in LINEAR.items():
     rule(_name)(linear(getattr(Tensor, _name), _keeps_batch))
+for _name in ("contiguous", "clone", "float", "double", "half", "bfloat16"):
+    rule(_name)(linear(getattr(Tensor, _name)))
 
 
 def _resizing(name: str) -> Callable:
@@ -95,7 +91,7 @@ def getitem(x: Dual, index: Any) -> Dual:
 
 
 def _dims_taken(part: Any) -> int:
-    """How many dimensions an entry of an index stands for."""
+    """How many dimensions an entry of an index consumes."""
     if isinstance(part, Tensor) and part.dtype == torch.bool:
         return part.ndim
     return int(part is not None and part is not ...)
@@ -108,7 +104,7 @@ def gather(x: Dual, dim: int, index: Tensor) -> Dual:
     return dual(x.value.gather(dim, index), lambda: x.tangent.gather(dim, index[: x.rows]))
 
 
-def _join(name: str, operation: Callable, more_dims: int) -> None:
+def _join(name: str, operation: Callable, more_dims: bool) -> None:
     @rule(name, any_operand=True)
     def apply(tensors: list, dim: int = 0) -> Dual:
         like = next(x for x in tensors if isinstance(x, Dual))
@@ -122,13 +118,11 @@ def _join(name: str, operation: Callable, more_dims: int) -> None:
         return dual(operation([value_of(x) for x in tensors], dim), tangent)
 
 
-for _name in ("cat", "concat", "concatenate"):
-    _join(_name, torch.cat, more_dims=0)
-for _name in ("stack",):
-    _join(_name, torch.stack, more_dims=1)
+for _name in ("cat", "concat", "concatenate", "stack"):
+    _join(_name, getattr(torch, _name), more_dims=_name == "stack")
 
 
-# What has derivative zero, or is no tensor at all, is computed from the value. `detach` is so for torch.func.jvp too.
+# Operations with zero derivative, or whose result is not a tensor. `detach` has zero derivative in torch.func.jvp too.
 CONSTANT = (
     *("dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),

@@ -34,8 +34,8 @@ class Objective(ABC):
     """A training objective: a frozen dataclass of its settings, with a `kind` and the methods below.
 
     `needs_jvp`: whether `loss` calls `jvp`. `titles` explains logged values in curves. `plain(u, x, eps, r, t, v=None,
-    **cond)` → (B,), where there is one, is the objective as its paper has it, without any saving of time or memory: the
-    specification that tests and benchmarks compare `loss` with.
+    **cond)` → (B,), where there is one, is the objective as printed in its paper, not optimised: the specification that
+    tests and benchmarks compare `loss` with.
     """
 
     needs_jvp: ClassVar[bool] = False
@@ -126,6 +126,6 @@ def adaptive_weight(error: Tensor, p: float, c: float) -> Tensor:
 
 
 def by_rows(error: Tensor, r: Tensor, t: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-    """An error (B,) as it is logged: over all rows, and apart where r = t and where r < t."""
+    """An error (B,) for the log: over all rows, and separately where r = t and where r < t."""
     error = error.detach()
     return {"error": error, "error_r_eq_t": (error, r == t), "error_r_lt_t": (error, r != t)}

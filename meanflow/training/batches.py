@@ -1,4 +1,4 @@
-"""What a step trains on, as a function of (seed, step) alone.
+"""The batches of a step, as a function of (seed, step) alone.
 
 Everything random is drawn for the *global* batch and each process takes its rows, so image order, noise and (r, t)
 of every sample are the same on any number of processes and in a resumed run. Only dropout masks depend on
@@ -62,7 +62,7 @@ class BatchStream:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's samples of step `step` (from 0), in `micro_steps` parts; seeds dropout before each."""
-        seed, batch, model = self.config.seed, self.config.train.batch, self.config.model
+        seed, batch = self.config.seed, self.config.train.batch
         first = self.ctx.rank * self.local
         indices = batch_indices(len(self.feed), seed, step * batch, batch)
         take = self.feed.step(step, indices, slice(first, first + self.local))
@@ -70,8 +70,8 @@ class BatchStream:
         unconditional = None
         if self.config.guidance is not None:
             unconditional = drop_labels(r, t, self.config.guidance, generator(seed, "label drop", step))
-        shape = (batch, model.channels, model.image_size, model.image_size)
-        noise = torch.randn(shape, generator=generator(seed, "noise", step, device=self.device), device=self.device)
+        random = generator(seed, "noise", step, device=self.device)
+        noise = torch.randn(batch, *self.config.z_shape, generator=random, device=self.device)
 
         for micro, start in enumerate(range(first, first + self.local, self.micro)):
             rows = torch.arange(start, min(start + self.micro, first + self.local))
@@ -161,8 +161,9 @@ class LatentFeed:
         noise = torch.randn(shape, generator=random, device=self.device)
 
         def take(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            here, own = rows.to(self.device, non_blocking=True), (rows - mine.start).to(self.device, non_blocking=True)
-            return (mean[own] + std[own] * noise[here]) * self.latents.scale, {}
+            local = (rows - mine.start).to(self.device, non_blocking=True)
+            rows = rows.to(self.device, non_blocking=True)
+            return (mean[local] + std[local] * noise[rows]) * self.latents.scale, {}
 
         return take
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from meanflow.errors import AssetError
+from meanflow.files import sha256_file
 
 FORMAT = 2
 LEGACY_PICKLES = 2**26  # bytes; names and shapes of tensors are far smaller
@@ -53,14 +54,6 @@ class _HashingFile:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -218,13 +211,13 @@ def _named(group: Any) -> dict[str, Any]:
 
 def _compare_checksum(path: Path) -> None:
     sidecar = path.with_suffix(".json")
-    if not sidecar.exists():
+    if not sidecar.exists() or not path.exists():
         return
     try:
         expected = json.loads(sidecar.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise AssetError(f"{sidecar}: is damaged, so {path.name} cannot be checked") from error
-    if file_sha256(path) != expected:
+    if sha256_file(path) != expected:
         raise AssetError(f"{path}: is damaged (its checksum differs from the one in {sidecar.name})")
 
 

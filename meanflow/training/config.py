@@ -270,11 +270,16 @@ class RunConfig:
             )
 
     @property
+    def z_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network takes and makes."""
+        return self.model.channels, self.model.image_size, self.model.image_size
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that a sample becomes: decoded, where the network works on latents."""
         if isinstance(self.data, LatentsConfig):
             return self.data.image_channels, self.data.image_size, self.data.image_size
-        return self.model.channels, self.model.image_size, self.model.image_size
+        return self.z_shape
 
     @property
     def augment_labels(self) -> int:
@@ -296,7 +301,7 @@ def config_from_tree(tree: Any, source: str) -> RunConfig:
 
 
 def upgraded(tree: Any) -> Any:
-    """The tree of a recipe or run of an earlier version in today's layout; others as they are.
+    """The tree of a recipe or run of an earlier version in today's layout; others are returned unchanged.
 
     A setting that is newer than a run is absent from its config.yaml and takes its default, so a default must be what
     runs did before the setting existed. Where that is not the best value for new runs, the recipes say so.
@@ -304,7 +309,7 @@ def upgraded(tree: Any) -> Any:
     if not isinstance(tree, dict) or not {"times", "loss"} <= tree.keys():
         return tree
     if not all(isinstance(tree.get(key), dict) for key in ("times", "loss", "train")):
-        return tree  # `build` says what is wrong with it
+        return tree  # `build` raises the error
     times, loss, train = dict(tree["times"]), dict(tree["loss"]), dict(tree["train"])
     if "share" in times:
         times["stratified"] = times.pop("share") != "per_sample"
@@ -360,5 +365,5 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
 
 
 def _assignment(key: str, value: Any) -> str:
-    """As it can be pasted behind --set."""
+    """In a form that can be pasted after --set."""
     return shlex.quote(f"{key}={settings.shown(value)}")

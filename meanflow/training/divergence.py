@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and processes whose weights differ: what finds them, and what is kept of the step."""
+"""Detects numbers that are not finite and processes whose weights differ, and records the step that failed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -96,7 +96,7 @@ def data_line(config: RunConfig) -> str:
     if not (folder / MANIFEST).exists() and (data.source == "digits" or data.images is not None):
         images = "digits" if data.source == "digits" else _listed(data.images, "data.images", config)
         return f"{images}, to be encoded into {folder}"
-    latents = open_latents(folder, data, (model.channels, model.image_size, model.image_size))
+    latents = open_latents(folder, data, config.z_shape)
     check_classes(model.classes, latents.class_names)
     return f"{len(latents):,} latents of {len(latents.class_names)} classes in {folder}"
 
@@ -123,12 +123,9 @@ def _size(count: float) -> str:
 
 def forward_multiply_adds(config: RunConfig) -> int:
     """Of the network on one sample, counted without computing anything."""
-    model, meta = config.model, torch.device("meta")
+    meta = torch.device("meta")
     network = build_network(config, meta)
-    z, time = (
-        torch.zeros(1, model.channels, model.image_size, model.image_size, device=meta),
-        torch.zeros(1, device=meta),
-    )
+    z, time = torch.zeros(1, *config.z_shape, device=meta), torch.zeros(1, device=meta)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(z, time, time)
     return counter.get_total_flops() // 2
@@ -136,11 +133,9 @@ def forward_multiply_adds(config: RunConfig) -> int:
 
 def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBatch:
     """A micro-batch of noise images in the recipe's shapes, with its times and label inputs."""
-    random, model = generator(config.seed, "probe"), config.model
-    shape = (size, model.channels, model.image_size, model.image_size)
-    x, eps = (
-        torch.randn(shape, generator=random).to(device).contiguous(memory_format=torch.channels_last) for _ in range(2)
-    )
+    random, shape = generator(config.seed, "probe"), (size, *config.z_shape)
+    x, eps = (torch.randn(shape, generator=random).to(device) for _ in range(2))
+    x, eps = (y.contiguous(memory_format=torch.channels_last) for y in (x, eps))
     r, t = config.objective.sample_times(size, random)
     order, _ = rows_first(r != t)
     order = torch.arange(size) if order is None else order
@@ -149,8 +144,8 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
         data = config.data
         draw = augment.draw(size, data.augment_p, data.flip, data.anisotropy, random)
         cond["augment_labels"] = draw.labels.to(device)
-    if model.classes:
-        cond["class_labels"] = torch.randint(model.classes, (size,), generator=random).to(device)
+    if classes := config.model.classes:
+        cond["class_labels"] = torch.randint(classes, (size,), generator=random).to(device)
     r, t, unconditional = r[order], t[order], None
     if config.guidance is not None:
         unconditional = drop_labels(r, t, config.guidance, random)

@@ -20,25 +20,24 @@ from meanflow.errors import (
     EXIT_INCOMPLETE,
     EXIT_INTERRUPTED,
     EXIT_NUMERICS,
+    EXIT_TERMINATED,
     EXIT_USAGE,
 )
-from meanflow.training.signals import EXIT_TERMINATED
 
 SECONDS_TO_SAVE = 600  # after Ctrl-C; processes read the request once in logging.flush_every steps
 EXPLAINED = {EXIT_USAGE, EXIT_ASSET, EXIT_NUMERICS, EXIT_INCOMPLETE, EXIT_INTERRUPTED}
 
 
 def run_in_processes(count: int, program: list[str]) -> int:
-    """Run `python PROGRAM…` in `count` processes; the exit code."""
-    with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
-        return launch(count, program, Path(logs))
-
-
-def launch(count: int, program: list[str], logs: Path) -> int:
     """Run `python PROGRAM…` in `count` processes; the exit code.
 
-    Process 0 writes to this one's stderr. That of the others goes to `logs` and is shown if they are what failed.
+    Process 0 writes to this one's stderr. That of the others is shown only if they are what failed.
     """
+    with tempfile.TemporaryDirectory(prefix="meanflow-") as logs:
+        return _launch(count, program, Path(logs))
+
+
+def _launch(count: int, program: list[str], logs: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     signal.signal(signal.SIGUSR1, _stop)  # the agent passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT by itself

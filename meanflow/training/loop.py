@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from meanflow.errors import EXIT_TERMINATED
 from meanflow.logs import log, progress_bar
 from meanflow.training.checkpoint import prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig
@@ -11,7 +12,7 @@ from meanflow.training.metrics import StepSums
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import Training
-from meanflow.training.signals import EXIT_TERMINATED, StopRequest
+from meanflow.training.signals import StopRequest
 from meanflow.training.state import TrainState, learning_rate
 from meanflow.training.step import accumulate, update
 
@@ -72,7 +73,7 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
 
 
 def due(every: int | None, step: int) -> bool:
-    """Whether what is done every so many steps is done after `step` of them."""
+    """Whether something to do every `every` steps (None: never) is due after `step` steps."""
     return every is not None and step > 0 and step % every == 0
 
 

@@ -17,7 +17,6 @@ from meanflow.objectives import Loss
 from meanflow.training.divergence import NotFinite
 from meanflow.training.processes import DistributedContext
 from meanflow.training.records import BLOCK, parse_line
-from meanflow.training.records import read_metrics as read_metrics
 
 
 class StepSums:
@@ -52,7 +51,7 @@ class Pending:
 class MetricsLog:
     """Collects each step's numbers and writes them in order.
 
-    Fields of a line: step, images, loss, whatever the objective logs (null where a step has no such rows), grad_norm,
+    Fields of a line: step, images, loss, the objective's values (null where a step has no such rows), grad_norm,
     lr, images_per_s, seconds (of training, without checkpoints and evaluations), memory_mb (peak). With
     train.spike_guard also skipped, the updates it has skipped so far.
     """
@@ -152,7 +151,7 @@ class MetricsLog:
             self.tensorboard.close()
 
     def sync(self) -> None:
-        """Make what was written survive a power cut, before a checkpoint relies on it."""
+        """Flush the file to disk, before a checkpoint relies on it."""
         if self.ctx.is_main and self.path.exists():
             with open(self.path, "rb") as file, write_errors_named(self.path):
                 os.fsync(file.fileno())

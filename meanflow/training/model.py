@@ -34,11 +34,6 @@ class Model:
     codec: Codec | None  # what decodes latents; None where the network makes images itself
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network makes."""
-        return self.config.model.channels, self.config.model.image_size, self.config.model.image_size
-
-    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
@@ -169,7 +164,7 @@ def generate(
 
     labels (B,) int64: the classes asked for, None for unconditional. Raises NumericsError if one is not finite.
     """
-    z = noise(seed, start, stop, model.shape).to(model.device).contiguous(memory_format=torch.channels_last)
+    z = noise(seed, start, stop, model.config.z_shape).to(model.device).contiguous(memory_format=torch.channels_last)
     cond = {} if labels is None else {"class_labels": labels.to(model.device)}
     images = sample(model.network, z, steps, grid, **cond)
     if model.codec is not None:

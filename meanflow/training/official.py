@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from meanflow.errors import AssetError, ConfigError
+from meanflow.files import sha256_file
 from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint, file_sha256, load_tensors
-from meanflow.training.config import RunConfig, load_config
+from meanflow.training.checkpoint import FORMAT, Checkpoint, load_tensors
+from meanflow.training.config import RECIPES, RunConfig, load_config
 from meanflow.training.run_folder import environment
 from unet import UNet
 from unet.layers import RESAMPLE_TAPS
@@ -28,7 +29,6 @@ from unet.layers import RESAMPLE_TAPS
 WEIGHTS = "net"
 EMAS = {"net_ema": 0.9999, "net_ema1": 0.99995, "net_ema2": 0.9996}
 COUNTER = "num_updates"
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE_OF = {"v0": "cifar10", "v1": "cifar10_v1"}  # by the release's name of its time sampler
 LOOKED_FOR = (
     *("objective.times.sampler", "objective.times.ratio", "train.steps", "optim.warmup_steps", "optim.lr"),
@@ -54,7 +54,7 @@ def read_official(path: Path) -> Checkpoint | None:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = load_tensors(path, mmap=zipfile.is_zipfile(path))
     except Exception:  # a damaged file raises nearly anything in PyTorch's reader
-        return None  # whoever asked reports it as what they expected
+        return None  # the caller reports the error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not any(str(key).startswith(f"{WEIGHTS}.") for key in model):
         return None
@@ -98,9 +98,9 @@ def settings_of(args: Any) -> dict[str, Any]:
     The names of its fields were not known when this was written, so they are recognised by what they must mean, and
     nothing is taken that could mean two things:
 
-    * the time sampler is the only text that is "v0" or "v1";
+    * the time sampler is the only string that is "v0" or "v1";
     * `lr` and `dropout`, numbers, are what they say;
-    * `ratio` may be the share of samples with r ≠ t or that with r = t: .75 and .25 are taken, both as 75 % r ≠ t;
+    * `ratio` may be the fraction of samples with r ≠ t or that with r = t: .75 and .25 are taken, both as 75 % r ≠ t;
     * the length is the only whole number with "epochs" but not "warmup" in its name, each of 48 iterations;
     * the warm-up is the only whole number with "warmup" in its name, whose unit the name has too: "epochs", or "iters"
       or "steps".
@@ -133,7 +133,7 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def _copy_of(model: dict[str, Tensor], prefix: str, network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """One of the four copies of the network, {our name: tensor}. Raises AssetError for any name or shape too many."""
+    """One of the four copies of the network, {our name: tensor}. Raises AssetError unless names and shapes fit."""
     held = {key[len(prefix) + 1 :]: value for key, value in model.items() if key.startswith(f"{prefix}.")}
     names, filters = official_names(network)
     _refuse([f"{prefix}.{name}" for name in (*names, *filters) if name not in held], "missing", path)
@@ -159,12 +159,12 @@ def _refuse(names: list[str], what: str, path: Path) -> None:
 
 
 def _meta(content: dict[str, Any], config: RunConfig, path: Path) -> dict[str, Any]:
-    """What our checkpoints say of themselves. The count of steps is the release's own number of EMA updates."""
+    """The `meta` of our checkpoints. The number of steps is the release's number of EMA updates."""
     step = int(content["model"].get(COUNTER, 0))
     tree = settings.to_tree(config)
     tree["description"] = "the official PyTorch release's CIFAR-10 checkpoint"
     epoch = content.get("epoch")
-    origin = {"file": path.name, "sha256": file_sha256(path), "epoch": epoch if isinstance(epoch, int) else None}
+    origin = {"file": path.name, "sha256": sha256_file(path), "epoch": epoch if isinstance(epoch, int) else None}
     return {
         "format": FORMAT,
         "step": step,

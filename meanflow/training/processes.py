@@ -2,7 +2,7 @@
 
 There is no DistributedDataParallel here. Its reducer prepares itself in the wrapper's `forward`, which a JVP of the
 network has to bypass; gradients then stay unsynchronised without any error (PyTorch issues 102197, 182661). Instead
-hooks on the parameters themselves fire when a gradient is complete, whatever called the network, and start the
+hooks on the parameters themselves fire when a gradient is complete, however the network was called, and start the
 all-reduce of a bucket while the backward pass goes on.
 """
 

@@ -1,4 +1,4 @@
-"""A run folder describes itself: the commands of `eval/` need only its path."""
+"""The run folder. It describes itself: the commands of `eval/` need only its path."""
 
 import fcntl
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meanflow.errors import AssetError, write_errors_named
+from meanflow.files import write_text
 from meanflow.logs import log
 
 if TYPE_CHECKING:  # these import PyTorch: seconds that plots and reports of a run do not need
@@ -72,11 +73,7 @@ class RunFolder:
     def write_config(self, config: "RunConfig") -> None:
         from meanflow.training.config import config_to_yaml
 
-        temporary = self.config_file.with_suffix(".tmp")
-        with write_errors_named(self.config_file):
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(config_to_yaml(config), encoding="utf-8")
-            os.replace(temporary, self.config_file)
+        write_text(self.config_file, config_to_yaml(config))
 
     def note_start(self, **facts: Any) -> None:
         """Append a line to starts.jsonl: the time, the environment and `facts`."""

@@ -143,9 +143,9 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tree` with each `key.path=value` set; whether it is a setting is for `build` to say.
+    """A copy of `tree` with each `key.path=value` set; `build` checks that these are settings.
 
-    Raises ConfigError for what is no assignment, or assigns a group.
+    Raises ConfigError for anything but assignments to single settings.
     """
     tree = _copy(tree)
     for override in overrides:
@@ -172,7 +172,7 @@ def _copy(tree: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by `name`, for the end of an error: near ones by spelling, or else all."""
+    """Suggestions for an unknown `name`, to end an error message: those with a similar spelling, or else all."""
     known = list(known)
     if matches := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
         return f"; did you mean {' or '.join(matches)}?"
@@ -180,7 +180,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(path: str, kind: type, where: str) -> str:
-    """What may have been meant by the dotted `path`, which the dataclass `kind` at `where` lacks, for an error."""
+    """Suggestions for the dotted `path`, which the dataclass `kind` at `where` lacks, to end an error message."""
     for old, new in RENAMED.items():
         if path == old or path.startswith(f"{old}."):
             return f"; it is called {new}{path[len(old) :]} now"
@@ -317,7 +317,7 @@ def _number(value: Any) -> Any:
 
 
 def _first_setting(path: str, value: Any) -> str:
-    """The dotted key of the first setting inside the unknown group `path`, which says best what was meant."""
+    """The dotted key of the first setting inside the unknown group `path`."""
     while isinstance(value, dict) and value:
         key, value = next(iter(value.items()))
         path = f"{path}.{_shown(key, str)}"

@@ -1,4 +1,4 @@
-"""What training works on: opened data, a new or resumed state, the loss, the metrics log."""
+"""Prepares training: opens the data, makes or resumes the state, the loss and the metrics log."""
 
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ from meanflow.training.step import LossFunction, configure_numerics, make_loss
 
 @dataclass
 class Training:
-    """All that `meanflow.training.loop.train` works on."""
+    """Everything that `meanflow.training.loop.train` needs."""
 
     config: RunConfig
     run: RunFolder
@@ -68,12 +68,12 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
 
 
 def open_data(config: RunConfig, ctx: DistributedContext) -> Dataset | Latents:
-    """Rank 0 downloads what is missing before the others look; latents are prepared by all ranks.
+    """Rank 0 downloads missing data before the others open them; latents are prepared by all ranks.
 
     Raises UserError where the data cannot be read or do not fit the model.
     """
     if isinstance(config.data, LatentsConfig):
-        shape = (config.model.channels, config.model.image_size, config.model.image_size)
+        shape = config.z_shape
         prepare(config.data, ctx.rank, ctx.world, ctx.device, shape=shape, classes=config.model.classes)
         ctx.barrier()
         return open_latents(Path(config.data.latents), config.data, shape)

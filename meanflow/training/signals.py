@@ -1,4 +1,4 @@
-"""Being asked to stop: finish the step, save, exit with a code that says why."""
+"""Requests to stop: finish the step, save, and exit with a code that says why."""
 
 import signal
 import sys
@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from meanflow.errors import EXIT_INTERRUPTED
+from meanflow.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
-EXIT_TERMINATED = 143
 SECOND_AFTER_S = 1.0  # within it a second Ctrl-C is torchrun's copy of the one from the terminal
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
 

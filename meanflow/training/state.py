@@ -52,7 +52,7 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "init"))
         backbone = DiT if isinstance(config.model, DiTConfig) else UNet
-        network = backbone(config.model)  # on the CPU: the same weights whatever the device
+        network = backbone(config.model)  # on the CPU: the same weights on every device
     return network.to(device=device, memory_format=torch.channels_last)
 
 
@@ -95,7 +95,7 @@ class Ema:
         self.restart()
 
     def restart(self) -> None:
-        """Every average becomes the weights as they are now."""
+        """Set every average to the current weights."""
         for average in self.averages.values():
             average.update({name: self._stored(weight).clone() for name, weight in self._weights.items()})
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import mutated, refused, written
 
-from eval.scoring.files import NpzFile
+from eval.scoring.files import read_npz
 from eval.scoring.references import open_reference
 from eval.scoring.sources import read_images
 from meanflow.errors import AssetError
@@ -115,4 +115,4 @@ def test_an_array_that_claims_more_than_there_is(tmp_path):
         assert claim in header
         path = written(tmp_path / "claim.npz", npz({"mu": header, "sigma": npy(SIGMA)}))
         with pytest.raises(AssetError, match="not a readable npz"):
-            NpzFile(path)["mu"]
+            read_npz(path)["mu"]

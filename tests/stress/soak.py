@@ -7,7 +7,7 @@ from pathlib import Path
 
 from running import start, write_recipe
 
-from meanflow.training.metrics import read_metrics
+from meanflow.training.records import read_metrics
 
 
 class Watched:
