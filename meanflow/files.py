@@ -48,12 +48,15 @@ def replacing(path: Path, tag: object = None, sync: bool = False) -> Iterator[Bi
         with write_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("wb")
-        with file:
+        try:
             yield file
             with write_errors_named(path):
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
+        finally:
+            with write_errors_named(path):  # on a full disk closing fails too
+                file.close()
         with write_errors_named(path):
             os.replace(temporary, path)
     except BaseException:

@@ -162,10 +162,12 @@ def test_a_full_disk_while_saving_loses_nothing(launch, tmp_path, alone):
     assert_equal_runs(run.path, whole.path)
 
 
-@pytest.mark.parametrize("name", ["config.tmp", "starts.jsonl", "metrics.jsonl", "checkpoints/00000002.pt.tmp"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml.PID.tmp", "starts.jsonl", "metrics.jsonl", "checkpoints/00000002.pt.tmp"]
+)
 def test_a_full_disk_at_any_file_is_one_line(refused, tmp_path, name):
     """/dev/full in the place of one file: its writes end as on a full disk."""
-    full = tmp_path / "run" / name
+    full = tmp_path / "run" / name.replace("PID", str(os.getpid()))
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")
     error = refused("--out", tmp_path / "run", code=3)
