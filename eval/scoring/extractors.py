@@ -104,7 +104,7 @@ def create(name: str, options: Options, metrics: Iterable[str]) -> Extractor:
     if options.weights is not None and not options.weights.is_file():  # also where no weights are needed
         raise AssetError(f"--weights {options.weights}: no such file")
     metrics = tuple(metrics)
-    factory = FACTORIES.get(name) or _own_factory(name)
+    factory = FACTORIES.get(name.removeprefix("fd-")) or _own_factory(name)  # fd-pixels, as its distance is called
     extractor = factory(options, metrics)
     lacking = [m for m in metrics if m not in extractor.layers]
     if lacking:
