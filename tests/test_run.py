@@ -450,9 +450,9 @@ def test_a_launch_that_cannot_be_is_one_line_not_one_a_process(refused, monkeypa
     assert part in refused("--set", override)
 
 
-def _launch(program: str, files: tuple[Path, Path], logs: Path) -> None:
+def _launch(program: str, files: tuple[Path, Path]) -> None:
     redirect(files)
-    sys.exit(launch_module.launch(2, ["-c", program], logs))
+    sys.exit(launch_module.run_in_processes(2, ["-c", program]))
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_the_launcher_ends_as_one_process_would(tmp_path, main, other, code, sho
     show = "show = lambda text: print(text, file=sys.stderr)"
     body = f"import os, signal, sys, time; {show}\nif os.environ['RANK'] == '0': {main}\nelse: {other}"
     files = tmp_path / "out", tmp_path / "err"
-    process = context.Process(target=_launch, args=(body, files, tmp_path / "logs"))
+    process = context.Process(target=_launch, args=(body, files))
     process.start()
     process.join(60)
     assert process.exitcode == code
