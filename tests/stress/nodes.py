@@ -137,16 +137,16 @@ def agents(folder: Path, nodes: int, each: int, steps: int, kills: int, kind: ty
     return f"{how}: losses within {curve:.0e} of one process"
 
 
-def _launch(arguments: list[str], files: tuple[Path, Path], logs: Path) -> None:
+def _launch(arguments: list[str], files: tuple[Path, Path]) -> None:
     redirect(files)
-    sys.exit(launch.launch(2, ["-c", FAILS.replace("ARGUMENTS", repr(arguments))], logs))
+    sys.exit(launch.run_in_processes(2, ["-c", FAILS.replace("ARGUMENTS", repr(arguments))]))
 
 
 def one_fails(folder: Path) -> str:
     """The second of two processes stops with an error of its own while the first waits for it."""
     recipe, files = write_recipe(folder / "fails.yaml", train__steps=10_000), (folder / "out", folder / "err")
     arguments = [str(recipe), "--out", str(folder / "run")]
-    process = context.Process(target=_launch, args=(arguments, files, folder / "logs"))
+    process = context.Process(target=_launch, args=(arguments, files))
     process.start()
     until(lambda: last_step(folder / "run") >= 5 or process.exitcode is not None, 120)
     began = time.monotonic()
