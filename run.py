@@ -226,7 +226,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
         if code:
             return code
         if ctx.is_main:
-            if note := ema_note(config.ema.eval, config.train.steps):
+            if note := ema_note(config.ema.eval, training.state.step):
                 log.info(f"note: {note}")
             write_grid(run, config, ctx.device)
         try:

@@ -50,7 +50,11 @@ class UNetConfig:
             )
         unknown = sorted(set(self.attention) - set(self.resolutions))
         if unknown:
-            raise ValueError(f"attention {unknown} is not among this network's resolutions {self.resolutions}")
+            last = self.resolutions[-1]
+            raise ValueError(
+                f"attention {unknown} is not among this network's resolutions {self.resolutions}: "
+                f"set it to one or more of them, such as [{last}]"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.conditioning not in CONDITIONINGS:

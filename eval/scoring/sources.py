@@ -229,5 +229,6 @@ def targets_of(
         for label, grid in times.items():
             how = {"nfe": len(grid) - 1, "time_grid": list(grid), "ema": model.ema, "seed": sampling.seed}
             label = f"step{meta['step']:08d}-ema{model.ema}-{label}-n{sampling.n}"
+            label += "" if sampling.labels == RANDOM else f"-labels-{sampling.labels}"
             out.append(EvalTarget(label, GeneratedSource(model, f"{digest}:{model.ema}", grid, sampling), how, about))
     return out

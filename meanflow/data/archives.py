@@ -64,7 +64,8 @@ def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
     with ExitStack() as stack:
         with _damage_explained(where):
             if not location.exists():
-                raise AssetError(f"{where}: no such file or folder")
+                relative = "" if location.is_absolute() else f" in {Path.cwd()}"
+                raise AssetError(f"{where}: no such file or folder{relative}")
             if location.is_dir():
                 source = _folder(where, location)
             elif _is_zip(location):

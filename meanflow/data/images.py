@@ -229,6 +229,12 @@ def _decode(name: str, data: Path | BytesIO, image_size: int, channels: int) -> 
     return pixels.view(image_size, image_size, channels).permute(2, 0, 1)
 
 
+def check_first(source: Source, layout: Layout, image_size: int, channels: int) -> None:
+    """Raises AssetError if the first image is not what a network of this size and channels takes."""
+    first = layout.images[0]
+    _decode(source.name(first), source.read(first), image_size, channels)
+
+
 # --- images that do not fit --------------------------------------------------------------------------------------
 
 

@@ -351,6 +351,8 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
     before, now = (" ".join(_assignment(key, pair[k]) for key, pair in refused.items()) for k in (0, 1))
     if on_request >= refused.keys():
         ways = f", or repeat --set {before}. To change it from here on: --set {now}"
+    elif any(settings.within(key, ["model"]) for key in refused):
+        ways = ". Another network needs another --out"
     else:
         ways = (
             ". These settings make another run: for a new one give another --out; --set init.from="

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data import LatentsConfig, augment, open_latents
 from meanflow.data.archives import open_source
-from meanflow.data.images import arrange
+from meanflow.data.images import arrange, check_first
 from meanflow.data.shards import MANIFEST
 from meanflow.guidance import drop_labels
 from meanflow.jvp import rows_first
@@ -104,6 +104,8 @@ def data_line(config: RunConfig) -> str:
 def _listed(path: str, setting: str, config: RunConfig) -> str:
     with open_source(path, setting) as source:
         layout = arrange(source, config.data.split)
+        if not isinstance(config.data, LatentsConfig):
+            check_first(source, layout, config.model.image_size, config.model.channels)
     check_classes(config.model.classes, layout.classes)
     return f"{len(layout.images):,} images of {len(layout.classes) or 'no'} classes in {path}"
 
