@@ -351,13 +351,13 @@ def refuse_changed_run(old: RunConfig, new: RunConfig, where: str, requested: Co
     before, now = (" ".join(_assignment(key, pair[k]) for key, pair in refused.items()) for k in (0, 1))
     if on_request >= refused.keys():
         ways = f", or repeat --set {before}. To change it from here on: --set {now}"
-    elif any(settings.within(key, ["model"]) for key in refused):
-        ways = ". Another network needs another --out"
     else:
-        ways = (
-            ". These settings make another run: for a new one give another --out; --set init.from="
-            f"{where} starts it from this one's averaged weights, with init.ema=weights from its last ones"
-        )
+        ways = ". These settings make another run: for a new one give another --out"
+        if not any(settings.within(key, ["model"]) for key in refused.keys() - {"model.dropout"}):  # else nothing fits
+            ways += (
+                f"; --set init.from={where} starts it from this one's averaged weights, with init.ema=weights from its "
+                "last ones"
+            )
     listed = "; ".join(
         f"{key} is {settings.shown(a)} there, {settings.shown(b)} now" for key, (a, b) in refused.items()
     )
