@@ -1,8 +1,10 @@
 """Files: hashed, read as JSON, and written so that a crash leaves the old file or the whole new one."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,10 +42,10 @@ def read_json(path: Path) -> Any:
 def replacing(path: Path, tag: object = None, sync: bool = False) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end of the block, and is deleted if the block fails.
 
-    tag: part of the temporary name, by default the process id. sync: flush to disk before renaming. Raises AssetError
+    tag: part of the temporary name, by default the machine and the process id. sync: flush to disk before renaming. Raises AssetError
     if the disk refuses.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid() if tag is None else tag}.tmp")
+    temporary = path.with_name(f"{path.name}.{f'{platform.node()}-{os.getpid()}' if tag is None else tag}.tmp")
     try:
         with write_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +73,27 @@ def write_bytes(path: Path, data: bytes, tag: object = None, sync: bool = False)
         file.write(data)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes of this machine left that were killed while they wrote `path`."""
+    for file in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(platform.node())}-*.tmp"):
+        pid = file.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """See `replacing`."""
+    remove_leftovers(path)
     write_bytes(path, text.encode())
 
 

@@ -1,6 +1,10 @@
 """References: every layout of the same statistics gives one number; every unusable file gives its line."""
 
+import os
 import pickle
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from eval.scoring.metrics import Statistics, frechet
 from meanflow.data.dataset import digits
+from meanflow.files import read_json, write_json
 
 M = 80
 
@@ -226,3 +231,14 @@ def test_missing_damaged_and_offline(files, tmp_path, capsys):
     assert "no such file" in error(capsys)
     colours = write_images(tmp_path / "colours")
     assert score(files, colours, tmp_path) == 2 and "bring them to one size" in error(capsys)
+
+
+def test_what_killed_processes_left_is_removed_when_the_file_is_written_again(tmp_path):
+    path, here = tmp_path / "a.json", platform.node()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = tmp_path / f"a.json.{here}-{dead.stdout.strip()}.tmp"
+    kept = [tmp_path / f"a.json.{here}-{os.getpid()}.tmp.tmp", tmp_path / "a.json.elsewhere-1.tmp", tmp_path / "b.tmp"]
+    for file in (gone, *kept):
+        file.write_text("half")
+    write_json(path, {"a": 1})
+    assert read_json(path) == {"a": 1} and not gone.exists() and all(file.exists() for file in kept)

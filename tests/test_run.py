@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -167,7 +168,7 @@ def test_a_full_disk_while_saving_loses_nothing(launch, tmp_path, alone):
 )
 def test_a_full_disk_at_any_file_is_one_line(refused, tmp_path, name):
     """/dev/full in the place of one file: its writes end as on a full disk."""
-    full = tmp_path / "run" / name.replace("PID", str(os.getpid()))
+    full = tmp_path / "run" / name.replace("PID", f"{platform.node()}-{os.getpid()}")
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")
     error = refused("--out", tmp_path / "run", code=3)

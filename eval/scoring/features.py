@@ -21,7 +21,7 @@ from eval.scoring.references import Reference
 from eval.scoring.sources import Source
 from eval.scoring.threads import each, interruptible
 from meanflow.errors import AssetError, NumericsError
-from meanflow.files import sha256_json
+from meanflow.files import remove_leftovers, sha256_json
 from meanflow.logs import progress_bar
 from meanflow.precision import exact_float32
 from meanflow.training.processes import DistributedContext, run_on_rank0
@@ -137,7 +137,9 @@ class Cache:
 
     def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         if sum(array.nbytes for array in arrays.values()) <= self.limit:
-            write_npz(self.folder / f"{name}.npz", arrays)
+            path = self.folder / f"{name}.npz"
+            remove_leftovers(path)
+            write_npz(path, arrays)
 
 
 def prepare(
