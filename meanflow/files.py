@@ -42,8 +42,8 @@ def read_json(path: Path) -> Any:
 def replacing(path: Path, tag: object = None, sync: bool = False) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end of the block, and is deleted if the block fails.
 
-    tag: part of the temporary name, by default the machine and the process id. sync: flush to disk before renaming. Raises AssetError
-    if the disk refuses.
+    tag: part of the temporary name, by default the machine and the process id. sync: flush to disk before renaming.
+    Raises AssetError if the disk refuses.
     """
     temporary = path.with_name(f"{path.name}.{f'{platform.node()}-{os.getpid()}' if tag is None else tag}.tmp")
     try:
