@@ -12,6 +12,7 @@ The same command again continues a run. `bash run.sh …` sets up an environment
 import argparse
 import difflib
 import importlib
+import itertools
 import os
 import shlex
 import sys
@@ -187,9 +188,9 @@ def run_recipe(args: argparse.Namespace) -> int:
     with leaving_distributed():
         ctx = start_distributed(args.device)
         if args.dry_run:
-            report = estimate(config, ctx)
-            if ctx.is_main:
-                print(config_to_yaml(config), report, cost_line(config), sep="\n")
+            for text in itertools.chain([config_to_yaml(config)], estimate(config, ctx), [cost_line(config)]):
+                if ctx.is_main:
+                    print(text, flush=True)
             return 0
         with warned_by_usr1(), lost_ranks_explained(ctx):
             requested = {change.partition("=")[0].strip() for change in args.set}
@@ -207,15 +208,18 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.scoring.score import ScoreDuring, closing_table, score_run
     from meanflow.logs import log
     from meanflow.training.loop import train
+    from meanflow.training.microbatch import with_microbatch
+    from meanflow.training.processes import run_on_rank0
     from meanflow.training.run_folder import RunFolder
     from meanflow.training.setup import set_up
 
-    run = RunFolder(out)
-    lock = run.lock() if ctx.is_main else None
+    run, locks = RunFolder(out), []
     try:
-        changed = run.check(config, requested) if ctx.is_main else {}
-        if ctx.is_main:
-            warn(config, ctx)
+        run_on_rank0(ctx, lambda: locks.append(run.lock()))
+        kept = None if "train.microbatch" in requested else run_on_rank0(ctx, run.config)
+        config = with_microbatch(config, ctx, kept)
+        changed = run_on_rank0(ctx, lambda: run.check(config, requested))
+        run_on_rank0(ctx, lambda: warn(config, ctx))
         training = set_up(config, run, ctx, requested)
         if ctx.is_main:  # only now: a start that is refused changes nothing
             run.write_config(config)
@@ -240,7 +244,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             log.info(closing_table(config, run, results))
         return 0
     finally:
-        if lock:
+        for lock in locks:
             lock.close()
 
 

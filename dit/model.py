@@ -18,6 +18,10 @@ NORM_EPS = 1e-6
 MLP_RATIO = 4
 
 
+def call(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return function(*inputs)
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Shape of the network, with the values of B/4 on 256² images in brackets.
@@ -131,17 +135,19 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, run: Callable[..., Tensor] = call) -> Tensor:
+        """run(part, …) is part(…), or saves memory: what is cheap in a part, all but its linear layer, comes first."""
         modulation = self.modulation(F.silu(c))[:, None]  # (B, 1, 6D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  # (B, 1, D) each
-        x = x + gate_a * self.attend(modulate(x, shift_a, scale_a))
-        h = F.gelu(self.fc1(modulate(x, shift_m, scale_m)), approximate="tanh")  # (B, N, 4D)
-        return x + gate_m * self.fc2(h)
+        qkv = run(lambda *inputs: self.qkv(modulate(*inputs)), x, shift_a, scale_a)  # (B, N, 3D)
+        x = x + gate_a * self.proj(self.attend(qkv))
+        h = run(lambda *inputs: self.fc1(modulate(*inputs)), x, shift_m, scale_m)  # (B, N, 4D)
+        return x + gate_m * run(lambda h: self.fc2(F.gelu(h, approximate="tanh")), h)
 
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=2))
+    def attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=2))
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
 
 class FinalLayer(nn.Module):

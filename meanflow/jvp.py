@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,7 @@ from meanflow.dual import Dual, value_of
 
 Network = Callable[..., Tensor]  # u(z, r, t, **cond)
 METHODS = ("dual", "func")
-PARTS = 8  # of a compiled batch: its number of rows with a derivative is rounded up to eighths
+PARTS = 8  # of a batch: on GPUs and in compiled code the number of rows with a derivative is rounded up to eighths
 
 
 def value_and_jvp(
@@ -42,9 +41,12 @@ def value_and_jvp(
     if order is not None:
         z, r, t, dz = (_select(y, order) for y in (z, r, t, dz))
         cond = {key: _select(y, order) for key, y in cond.items()}
-    value, tangent = (take or dual_jvp)(u, z, r, t, (dz[:n], dr, dt), cond)
+    take = take or dual_jvp
+    few_shapes = z.device.type != "cpu" or isinstance(take, CompiledDual)
+    dz = _padded(dz, n, rounded_rows(n, len(z)) if few_shapes else n)
+    value, tangent = take(u, z, r, t, (dz, dr, dt), cond)
     dudt = torch.zeros_like(value.detach(), dtype=tangent.dtype)
-    dudt[:n] = tangent
+    dudt[:n] = tangent[:n]
     if order is None:
         return value, dudt
     back = torch.argsort(order)
@@ -65,6 +67,22 @@ def rows_first(rows: Tensor) -> tuple[Tensor | None, int]:
     if rows[:n].all():
         return None, n
     return torch.argsort((~rows).to(torch.uint8), stable=True), n
+
+
+def rounded_rows(n: int, batch: int) -> int:
+    """n rounded up to eighths of the batch. Where it varies, each new shape costs time: cuDNN searches for the fastest
+    algorithms again, about a second, and compiled code is compiled again."""
+    part = -(-batch // PARTS)
+    return min(-(-n // part) * part, batch)
+
+
+def _padded(dz: Tensor, n: int, rows: int) -> Tensor:
+    """The first n rows of dz (B, …), and zeros: (rows, …)."""
+    if rows == n:
+        return dz[:n]
+    dz = dz[:rows].clone()
+    dz[n:] = 0
+    return dz
 
 
 def _select(x: Tensor | None, order: Tensor) -> Tensor | None:
@@ -125,8 +143,7 @@ class CompiledDual:
     """`dual_jvp` of one function, compiled.
 
     torch.compile cannot trace dual numbers. torch.export runs the network on them once and records the plain operations
-    that they turn into; that graph is compiled. Where the number of rows with a derivative varies from step to step it
-    is rounded up, so that few graphs are enough.
+    that they turn into; that graph is compiled, one for each shape, and for training and evaluation mode.
     """
 
     def __init__(self, network: nn.Module, mode: str):
@@ -140,14 +157,10 @@ class CompiledDual:
         if u is not self.u:
             raise ValueError("a compiled derivative is that of one function; set train.compile to null")
         dz, dr, dt = tangents
-        n, part = len(dz), -(-len(z) // PARTS)
-        padded = min(-(-n // part) * part, len(z))
-        dz = F.pad(dz.flatten(1), (0, 0, 0, padded - n)).view(padded, *z.shape[1:])
-        key = (tuple(z.shape), padded, dr, dt, *sorted(cond))
+        key = (tuple(z.shape), len(dz), dr, dt, self.network.training, *sorted(cond))
         if key not in self.graphs:
             self.graphs[key] = _compile(_ValueAndTangent(self.network, u, dr, dt), (z, r, t, dz, cond), self.mode)
-        value, tangent = self.graphs[key](z, r, t, dz, cond)
-        return value, tangent[:n]
+        return self.graphs[key](z, r, t, dz, cond)
 
 
 class _ValueAndTangent(nn.Module):
@@ -175,19 +188,18 @@ def plain_operations(module: nn.Module, inputs: tuple) -> nn.Module:
 # --- activation checkpointing ------------------------------------------------------------------------------------
 
 
-def checkpointed(block: nn.Module, *inputs: Tensor | Dual) -> Tensor | Dual:
+def checkpointed(block: Callable, *inputs: Tensor | Dual) -> Tensor | Dual:
     """`block(*inputs)`, of which only the inputs are kept; the backward pass computes the rest again.
 
-    Tangents are computed once: the second time each has no rows. Dropout masks are the same both times.
+    Tangents are computed once: the second time each has no rows. Dropout masks are the same both times. The second time
+    ends at the last tensor that the backward pass needs: a last layer, which needs its input alone, is not run again.
     """
     tangents = [x.tangent if isinstance(x, Dual) else None for x in inputs]
-    calls = 0
 
     def run(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        nonlocal calls
-        calls += 1
-        rows = slice(None if calls == 1 else 0)
-        duals = [v if d is None else Dual(v, d[rows]) for v, d in zip(values, tangents, strict=True)]
+        duals = [v if d is None else Dual(v, d) for v, d in zip(values, tangents, strict=True)]
+        # The second time there are none, and they are not kept until then.
+        tangents[:] = [None if d is None else d.new_empty(0, *d.shape[1:]) for d in tangents]
         out = block(*duals)
         return (out.value, out.tangent) if isinstance(out, Dual) else out
 

@@ -157,6 +157,9 @@ CASES = {
     "cumsum": lambda x: x.cumsum(1),
     "max": lambda x: x.max(1)[0] + x.max(dim=2).values[:, :1] + x.min(dim=1, keepdim=True).values[:, 0],
     "amax": lambda x: x.amax((2, 3), keepdim=True) + torch.amin(x, dim=1, keepdim=True) + x.logsumexp((1, 2), True),
+    "var_mean": lambda x: (
+        sum(torch.var_mean(x, 1, correction=0, keepdim=True)) + torch.var_mean(x, dim=2)[0][:, :1, None]
+    ),
     "var": lambda x: (
         x.var((2, 3)) + x.var(1, False)[:, :4, 0] + x.std(2, unbiased=False)[..., 0] + x.std(1, correction=2)[:, :4, 0]
     ),

@@ -13,7 +13,7 @@ from meanflow.guidance import GuidanceConfig, drop_labels, guided_velocity
 from meanflow.objectives.base import interpolate
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.times import Times
-from meanflow.training.estimate import random_batch
+from meanflow.training.batches import random_batch
 from meanflow.training.state import build_network
 from meanflow.training.step import make_loss
 

@@ -15,8 +15,8 @@ from meanflow.errors import ConfigError
 from meanflow.jvp import value_and_jvp
 from meanflow.objectives import Loss, Objective
 from meanflow.objectives.base import interpolate, squared_norm
+from meanflow.training.batches import random_batch
 from meanflow.training.checkpoint import checkpoint_path, load_checkpoint
-from meanflow.training.estimate import random_batch
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import fresh_state
 from meanflow.training.step import make_loss

@@ -13,8 +13,7 @@ from eval.benchmark.steps import separate_jvp
 from meanflow.data import Dataset
 from meanflow.dual import value_of
 from meanflow.jvp import value_and_jvp
-from meanflow.training.batches import BatchStream
-from meanflow.training.estimate import random_batch
+from meanflow.training.batches import BatchStream, random_batch
 from meanflow.training.processes import DistributedContext
 from meanflow.training.state import build_network
 from meanflow.training.step import make_loss
@@ -47,7 +46,7 @@ def plain(network, config, b):
     return with_gradient(network, loss_of(network, b, config.objective, plain=True))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "cheap", "blocks"])
 @precisions
 @backbones
 def test_dual_numbers_equal_the_plain_step_with_the_same_dropout_masks(

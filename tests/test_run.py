@@ -343,7 +343,7 @@ def test_a_dry_run_prints_what_a_run_needs_and_leaves_nothing(recipe, capsys, tm
     expected = [
         f"parameters        {network:,} (",
         "data              digits\n",
-        "memory (estimate)",
+        "memory (counted)",
         "images/s",
         " seconds at",
     ]

@@ -22,8 +22,9 @@ from eval.tables.overhead import is_one
 from eval.tables.plan import passes
 from eval.tables.results import Line, Mean, Result, against_paper, process_seconds
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
+from meanflow.training.batches import random_batch
 from meanflow.training.config import load_config
-from meanflow.training.estimate import forward_multiply_adds, random_batch
+from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.metrics import StepSums
 from meanflow.training.processes import GradientSum
 from meanflow.training.state import fresh_state

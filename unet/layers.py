@@ -1,6 +1,7 @@
 """Building blocks of the U-net. Every operation here has a tangent rule in `meanflow.dual`."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,26 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def needs_plain_form(x: Tensor) -> bool:
-    """Where F.group_norm fails in `torch.func.jvp`: compiled (PyTorch issue 152185), and before 2.14 in any case."""
-    return torch.compiler.is_compiling() or (not JVP_OF_GROUP_NORM and unpack_dual(x).tangent is not None)
+def call(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return function(*inputs)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether F.group_norm is right and fast for x.
+
+    CPUs alone have a kernel that keeps channels_last: a GPU's returns the default format, and every convolution behind
+    it would copy its input. `torch.func.jvp` of it fails in compiled code (PyTorch issue 152185), and before 2.14 in
+    any case. Dual numbers (not a Tensor) have a rule of their own for the CPU's kernel.
+    """
+    if x.device.type != "cpu":
+        return False
+    if not isinstance(x, Tensor):
+        return True
+    return not torch.compiler.is_compiling() and (JVP_OF_GROUP_NORM or unpack_dual(x).tangent is None)
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most 32 groups, at least four channels in each."""
+    """At most 32 groups, at least four channels in each. Statistics, and the result under autocast, are in float32."""
 
     def __init__(self, channels: int):
         groups = min(32, max(1, channels // 4))
@@ -42,13 +56,14 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not needs_plain_form(x):
+        if has_kernel(x):
             return super().forward(x)
-        # torch.compile fuses this.
-        grouped = (x if x.dtype == torch.float64 else x.float()).unflatten(1, (self.num_groups, -1))
-        variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
-        normal = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+        x = x if x.dtype == torch.float64 else x.float()
+        groups = x.unflatten(1, (self.num_groups, -1))  # (B, G, C/G, H, W)
+        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)  # (B, G, 1, 1, 1)
+        scale = self.weight.view(*groups.shape[1:3], 1, 1) * torch.rsqrt(variance + self.eps)  # (B, G, C/G, 1, 1)
+        shift = self.bias.view(*groups.shape[1:3], 1, 1) - mean * scale
+        return torch.addcmul(shift.flatten(1, 2), x, scale.flatten(1, 2))  # keeps the memory format of x
 
 
 class Conv(nn.Conv2d):
@@ -100,14 +115,14 @@ class Block(nn.Module):
             self.qkv = Conv(out_channels, 3 * out_channels, 1, init=QKV_INIT)
             self.proj = Conv(out_channels, out_channels, 1, init=ZERO_INIT)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))  # (B, C_out, H', W')
+    def forward(self, x: Tensor, emb: Tensor, run: Callable[..., Tensor] = call) -> Tensor:
+        """run(part, x) is part(x), or saves memory: what is cheap in a part, all but its convolution, comes first."""
+        h = run(lambda x: self.conv0(F.silu(self.norm0(x))), x)  # (B, C_out, H', W')
         h = h + self.affine(emb)[:, :, None, None]
-        h = F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)
-        h = self.conv1(h)
+        h = run(lambda h: self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training)), h)
         x = (h + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         if self.attention:
-            x = (self.proj(attend(self.qkv(self.norm2(x)))) + x) * SKIP_SCALE
+            x = (self.proj(attend(run(lambda x: self.qkv(self.norm2(x)), x))) + x) * SKIP_SCALE
         return x
 
 

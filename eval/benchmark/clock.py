@@ -45,11 +45,12 @@ def take_turns(
     seconds: dict[Hashable, list[float]] = {name: [] for name in contenders}
     for k in range(rounds):
         for name in list(contenders)[:: 1 if k % 2 == 0 else -1]:
-            seconds[name].append(_timed(contenders[name], device))
+            seconds[name].append(seconds_of(contenders[name], device))
     return seconds
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
     wait_for(device)
     started = time.perf_counter()
     work()

@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.benchmark import FLOW_MATCHING, PLAIN, SEPARATE
 from meanflow.jvp import func_jvp, value_and_jvp
 from meanflow.objectives import Loss
-from meanflow.training.batches import MicroBatch
+from meanflow.training.batches import MicroBatch, random_batch
 from meanflow.training.config import RunConfig, load_config
-from meanflow.training.estimate import random_batch
 from meanflow.training.metrics import StepSums, peak_memory_mb
 from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.state import TrainState, fresh_state
@@ -65,8 +64,17 @@ class Setting:
 class Step:
     """One optimiser step on a fixed random batch, as the training loop makes it; call it to run it."""
 
-    def __init__(self, setting: Setting, device: torch.device, state: TrainState | None = None):
-        """`state` may be shared by all steps of one network but the plain one, which needs another in NCHW."""
+    def __init__(
+        self,
+        setting: Setting,
+        device: torch.device,
+        state: TrainState | None = None,
+        ctx: DistributedContext | None = None,
+    ):
+        """`state` may be shared by all steps of one network but the plain one, which needs another in NCHW.
+
+        ctx: the processes that make the step together, each with a batch of its own; by default this one alone.
+        """
         self.setting, self.config, self.device = setting, setting.config(), device
         self.batch = random_batch(self.config, setting.batch, device)
         if setting.way == FLOW_MATCHING:
@@ -77,7 +85,7 @@ class Step:
             self.state.network.to(memory_format=torch.contiguous_format)
             self.batch = in_default_format(self.batch)
         self.loss = self._loss(setting.compile)
-        self.gradients = GradientSum(self.state.network, DistributedContext(0, 1, device))
+        self.gradients = GradientSum(self.state.network, ctx or DistributedContext(0, 1, device))
 
     def _loss(self, compile: str | None) -> LossFunction:
         network, config, way = self.state.network, self.config, self.setting.way

@@ -24,7 +24,7 @@ from eval.scoring.threads import exit_at_once, interruptible
 from meanflow.errors import AssetError, IncompleteError, NumericsError, UserError
 from meanflow.files import make_folder, write_json
 from meanflow.logs import log
-from meanflow.training.estimate import free_memory
+from meanflow.training.microbatch import free_memory
 from meanflow.training.processes import DistributedContext, assert_same_on_all_ranks, gather, run_on_rank0
 from meanflow.training.settings import flatten
 

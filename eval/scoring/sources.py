@@ -19,7 +19,7 @@ from meanflow.random import generator
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import Checkpoint
 from meanflow.training.config import RunConfig
-from meanflow.training.estimate import forward_multiply_adds
+from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.model import Model, generate, model_of, to_uint8
 
 BALANCED, RANDOM = "balanced", "random"

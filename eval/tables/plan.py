@@ -7,7 +7,7 @@ from eval.tables.overhead import Overhead
 from meanflow.logs import aligned
 from meanflow.random import generator
 from meanflow.training.config import RunConfig
-from meanflow.training.estimate import forward_multiply_adds
+from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.state import build_network, count_parameters
 
 # The official PyTorch release reports 0.21 s an iteration of cifar10 on eight H200s: 1.68 GPU-seconds for what `passes`

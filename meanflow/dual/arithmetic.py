@@ -115,12 +115,21 @@ def _larger(d: list, p: list) -> Tensor:
     return torch.where(p[0] == p[1], (d[0] + d[1]) / 2, torch.where(p[0] > p[1], d[0], d[1]))
 
 
+def _addcmul(d: list, p: list, value: float = 1) -> Tensor:
+    """One fused operation for each factor that has a tangent."""
+    out = d[0]
+    for a, b in ((d[1], p[2]), (p[1], d[2])):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            out = torch.addcmul(out, a, b, value=value) if isinstance(out, Tensor) else value * a * b
+    return out
+
+
 OF_OPERANDS = {
     "where": lambda d, p: torch.where(p[0], d[1], d[2]),
     "maximum": _larger,
     "minimum": lambda d, p: _larger(d[::-1], p),
     "lerp": lambda d, p: d[0] + p[2] * (d[1] - d[0]) + d[2] * (p[1] - p[0]),
-    "addcmul": lambda d, p, value=1: d[0] + value * (d[1] * p[2] + p[1] * d[2]),
+    "addcmul": _addcmul,
 }
 for _name, _tangent in OF_OPERANDS.items():
     _of_operands(_name, _tangent)

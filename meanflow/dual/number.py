@@ -1,6 +1,7 @@
 """The dual number, the register of rules, and the parts that rules are built from."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -162,15 +163,17 @@ def dual(value: Tensor | tuple, tangent: Callable[[], Tensor | tuple]) -> Any:
     `tangent()` takes detached operands: `x.tangent`, `x.primal_rows`, `matching_rows(constant, x)`. A tuple is paired
     with a tuple, entry by entry.
     """
-    with torch.no_grad():
+    # Each change of the grad mode is a region of an exported graph, and an export's time grows with their square.
+    with nullcontext() if torch.compiler.is_compiling() else torch.no_grad():
         tangents = tangent()
-        if isinstance(value, SEQUENCE):
-            return tuple(Dual(v, _as_dtype(d, v)) for v, d in zip(value, tangents, strict=True))
-        return Dual(value, _as_dtype(tangents, value))
+    if isinstance(value, SEQUENCE):
+        return tuple(Dual(v, _matching(d, v)) for v, d in zip(value, tangents, strict=True))
+    return Dual(value, _matching(tangents, value))
 
 
-def _as_dtype(tangent: Tensor, value: Tensor) -> Tensor:
-    """Autocast may compute one of the two in another precision than the other."""
+def _matching(tangent: Tensor, value: Tensor) -> Tensor:
+    """Without a graph, in the precision of `value`: autocast may compute one of the two in another."""
+    tangent = tangent.detach() if tangent.requires_grad else tangent
     return tangent if tangent.dtype == value.dtype else tangent.to(value.dtype)
 
 

@@ -99,6 +99,24 @@ for _name in ("var", "std"):
     _spread(_name)
 
 
+@rule("var_mean")
+def var_mean(x: Dual, dim=None, unbiased: bool = True, keepdim: bool = False, *, correction=None) -> tuple[Dual, Dual]:
+    if isinstance(dim, bool) or not inner(x, *as_tuple(dim)):
+        raise no_rule("var_mean over the batch dimension")
+    correction = int(unbiased) if correction is None else correction
+    var, mean = torch.var_mean(x.value, dim, correction=correction, keepdim=True)
+
+    def shape(y: Tensor) -> Tensor:
+        return y if keepdim else y.squeeze(dim)
+
+    def tangent() -> tuple[Tensor, Tensor]:
+        centred = x.primal_rows - mean.detach()[: x.rows]
+        freedom = math.prod(x.shape[d] for d in as_tuple(dim)) - correction
+        return 2 * (centred * x.tangent).sum(dim, keepdim) / freedom, x.tangent.mean(dim, keepdim)
+
+    return dual((shape(var), shape(mean)), tangent)
+
+
 @rule("norm", "linalg_vector_norm", "linalg_norm")
 def norm(x: Dual, p=2, dim=None, keepdim: bool = False, dtype=None, out=None, *, ord=None) -> Dual:
     order = p if ord is None else ord
@@ -152,7 +170,8 @@ def log_softmax(x: Dual, dim: int | None = None, dtype: torch.dtype | None = Non
 
 
 def _float32_under_autocast(x: Tensor) -> Tensor:
-    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # which asking of meta raises
+    return x.float() if autocast else x
 
 
 def _kernel_format(x: Tensor) -> torch.memory_format:

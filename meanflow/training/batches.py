@@ -49,7 +49,7 @@ class BatchStream:
         self.config, self.ctx = config, ctx
         self.device = ctx.device
         self.local = split_batch(config, ctx.world)
-        self.micro = min(config.train.microbatch or self.local, self.local)
+        self.micro = config.train.images_at_once(self.local)
         self.feed = (LatentFeed if isinstance(dataset, Latents) else ImageFeed)(dataset, config, self.device)
         self.labels = None
         check_classes(config.model.classes, dataset.class_names)
@@ -178,3 +178,24 @@ class LatentFeed:
             mirror = torch.rand(batch, generator=generator(seed, "mirror", step)) < 0.5
         mean, std = self.latents.read(indices[mine], mirror[mine])
         return (mean.pin_memory(), std.pin_memory()) if self.device.type == "cuda" else (mean, std)
+
+
+def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBatch:
+    """A micro-batch of noise images in the recipe's shapes, with its times and label inputs."""
+    random, shape = generator(config.seed, "probe"), (size, *config.z_shape)
+    x, eps = (torch.randn(shape, generator=random).to(device) for _ in range(2))
+    x, eps = (y.contiguous(memory_format=torch.channels_last) for y in (x, eps))
+    r, t = config.objective.sample_times(size, random)
+    order, _ = rows_first(r != t)
+    order = torch.arange(size) if order is None else order
+    cond = {}
+    if config.augment_labels:
+        data = config.data
+        draw = augment.draw(size, data.augment_p, data.flip, data.anisotropy, random)
+        cond["augment_labels"] = draw.labels.to(device)
+    if classes := config.model.classes:
+        cond["class_labels"] = torch.randint(classes, (size,), generator=random).to(device)
+    r, t, unconditional = r[order], t[order], None
+    if config.guidance is not None:
+        unconditional = drop_labels(r, t, config.guidance, random)
+    return MicroBatch(x, eps, r, t, cond, unconditional, progress=0.0)

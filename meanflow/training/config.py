@@ -19,7 +19,9 @@ from unet import UNetConfig
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRECISIONS = ("fp32", "tf32", "bf16")
+AUTO = "auto"  # chosen for the machine
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+CHECKPOINTING = ("cheap", "blocks")  # norms, activation functions and dropout; or all but each block's input
 EMA_STORES = ("device", "host")
 UINT8_RULES = ("round", "floor")
 WEIGHTS = "weights"  # in place of an EMA: the weights as the optimiser left them
@@ -125,11 +127,11 @@ class TrainConfig:
 
     batch: int  # images a step, over all processes
     steps: int  # optimiser steps in all
-    microbatch: int | None = None  # images at once on one device, gradients accumulated; null: all of the process's
+    microbatch: int | Literal["auto"] | None = AUTO  # images at once on a device; auto: what fits; null: all of them
     precision: str = "fp32"  # tf32: matrix products on tensor cores; bf16: autocast of the blocks
     jvp: str = "dual"  # how du/dt is computed: dual numbers; func: torch.func.jvp, any network, more memory
-    activation_checkpointing: bool = False  # keep only each block's input, compute it again in the backward pass
-    compile: str | None = None  # mode of torch.compile for u and du/dt, minutes at the start; null: eager
+    activation_checkpointing: str | None = None  # computed again in the backward pass, not kept: cheap or blocks
+    compile: str | None = AUTO  # mode of torch.compile for u and du/dt; auto: on GPUs, in long runs; null: eager
     deterministic: bool = False  # bit-equal runs on one machine, slower on GPUs
     check_every: int = 500  # steps between checks that weights and EMAs are finite and the same on every process
     spike_guard: float | None = None  # skip updates whose gradient norm is above this many times its mean; null: none
@@ -137,8 +139,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.batch < 1 or self.steps < 1:
             raise ValueError(f"batch and steps must be ≥ 1, got {self.batch} and {self.steps}")
-        if self.microbatch is not None and self.microbatch < 1:
-            raise ValueError(f"microbatch must be ≥ 1 or null, got {self.microbatch}")
+        if isinstance(self.microbatch, int) and self.microbatch < 1:
+            raise ValueError(f"microbatch must be ≥ 1, auto or null, got {self.microbatch}")
         if self.check_every < 1:
             raise ValueError(f"check_every must be ≥ 1, got {self.check_every}")
         if self.spike_guard is not None and self.spike_guard <= 1:
@@ -147,8 +149,22 @@ class TrainConfig:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.jvp not in METHODS:
             raise ValueError(f"jvp must be one of {', '.join(METHODS)}, got {self.jvp!r}")
-        if self.compile not in (None, *COMPILE_MODES):
-            raise ValueError(f"compile must be null or one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
+        if self.activation_checkpointing not in (None, *CHECKPOINTING):
+            raise ValueError(
+                f"activation_checkpointing must be null or one of {', '.join(CHECKPOINTING)}, "
+                f"got {self.activation_checkpointing!r}"
+            )
+        if self.compile not in (None, AUTO, *COMPILE_MODES):
+            raise ValueError(f"compile must be null or one of auto, {', '.join(COMPILE_MODES)}, got {self.compile!r}")
+
+    @property
+    def compile_mode(self) -> str | None:
+        """The mode of torch.compile, None for eager steps and until `auto` has been decided (see compiling.py)."""
+        return None if self.compile == AUTO else self.compile
+
+    def images_at_once(self, local: int) -> int:
+        """Of the `local` images of a process, all while `auto` has not been decided (see microbatch.py)."""
+        return min(self.microbatch, local) if isinstance(self.microbatch, int) else local
 
 
 @dataclass(frozen=True)
@@ -242,14 +258,14 @@ class RunConfig:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-        if self.train.compile and self.train.activation_checkpointing and self.train.jvp == "dual":
+        if self.train.compile_mode and self.train.activation_checkpointing == "blocks":
             raise ValueError(
-                "train.activation_checkpointing has no effect in a compiled graph: "
-                "set train.activation_checkpointing=false or train.compile=null"
+                "train.activation_checkpointing=blocks has no effect in a compiled graph: "
+                "set train.activation_checkpointing=null or train.compile=null"
             )
         if self.train.activation_checkpointing and self.train.jvp != "dual":
             raise ValueError("train.activation_checkpointing does not work with torch.func: set train.jvp=dual")
-        if self.train.compile and self.train.jvp == "func" and self.objective.varying_rows:
+        if self.train.compile_mode and self.train.jvp == "func" and self.objective.varying_rows:
             raise ValueError(
                 "train.compile with train.jvp=func needs the same number of r ≠ t in each step: "
                 "set objective.times.sampler=v0 objective.times.stratified=true, or train.jvp=dual"
@@ -306,7 +322,12 @@ def upgraded(tree: Any) -> Any:
     A setting that is newer than a run is absent from its config.yaml and takes its default, so a default must be what
     runs did before the setting existed. Where that is not the best value for new runs, the recipes say so.
     """
-    if not isinstance(tree, dict) or not {"times", "loss"} <= tree.keys():
+    if not isinstance(tree, dict):
+        return tree
+    if isinstance(tree.get("train"), dict) and isinstance(tree["train"].get("activation_checkpointing"), bool):
+        how = "blocks" if tree["train"]["activation_checkpointing"] else None
+        tree = tree | {"train": tree["train"] | {"activation_checkpointing": how}}
+    if not {"times", "loss"} <= tree.keys():
         return tree
     if not all(isinstance(tree.get(key), dict) for key in ("times", "loss", "train")):
         return tree  # `build` raises the error

@@ -9,6 +9,7 @@ from meanflow.training.checkpoint import prune_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig
 from meanflow.training.divergence import check, failures_explained
 from meanflow.training.metrics import StepSums
+from meanflow.training.microbatch import out_of_memory_explained
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import Training
@@ -44,8 +45,9 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
     ):
         while state.step < total and not stopping:
             sums, micro_batches = StepSums(), training.stream.micro_batches(state.step)
-            accumulate(training.loss, micro_batches, training.stream.micro_steps, batch, gradients, sums)
-            norm = update(state.optimizer, gradients.parameters, config.optim, state.step, state.guard)
+            with out_of_memory_explained(config):
+                accumulate(training.loss, micro_batches, training.stream.micro_steps, batch, gradients, sums)
+                norm = update(state.optimizer, gradients.parameters, config.optim, state.step, state.guard)
             lr = learning_rate(config.optim, state.step)
             state.step += 1
             state.ema.update(state.step)

@@ -76,7 +76,6 @@ class MetricsLog:
     ) -> None:
         """Note step `step` (counted from 1) without waiting for the device. stop: this process was asked to stop."""
         line = {"step": step, "images": step * batch, "lr": lr, "batch": batch}
-        line["memory_mb"] = peak_memory_mb(self.ctx.device)
         self.pending.append(
             Pending(line, sums, [x.detach().float() for x in (grad_norm, skipped) if x is not None], stop)
         )
@@ -126,11 +125,12 @@ class MetricsLog:
 
     def _clock_steps(self) -> None:
         """Divide the time since the last reading among the pending steps: only now is the device known to be done."""
-        now = time.perf_counter()
+        now, memory = time.perf_counter(), peak_memory_mb(self.ctx.device)
         elapsed, self.clock = (now - self.clock) / len(self.pending), now
         for row in self.pending:
             self.seconds += elapsed
             row.line |= {"images_per_s": row.line["batch"] / max(elapsed, 1e-9), "seconds": self.seconds}
+            row.line["memory_mb"] = memory
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with write_errors_named(self.path), open(self.path, "a", encoding="utf-8") as file:

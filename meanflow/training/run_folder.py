@@ -61,14 +61,20 @@ class RunFolder:
 
         requested: keys given by --set. Raises ConfigError if it would be another run.
         """
-        from meanflow.training.config import changes, load_config, refuse_changed_run
+        from meanflow.training.config import changes, refuse_changed_run
 
-        if not self.config_file.exists():
+        old = self.config()
+        if old is None:
             return {}
-        old = load_config(self.config_file)
         if any(self.checkpoints.glob("*.pt")):  # before the first one nothing has been learnt
             refuse_changed_run(old, config, str(self.path), requested)
         return changes(old, config)
+
+    def config(self) -> "RunConfig | None":
+        """The settings of the last start; None before the first one. Raises ConfigError."""
+        from meanflow.training.config import load_config
+
+        return load_config(self.config_file) if self.config_file.exists() else None
 
     def write_config(self, config: "RunConfig") -> None:
         from meanflow.training.config import config_to_yaml

@@ -14,12 +14,13 @@ from meanflow.errors import ConfigError
 from meanflow.logs import log
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import Checkpoint, load_newest
+from meanflow.training.compiling import loss_of_run
 from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.metrics import MetricsLog, rewind_metrics
 from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.run_folder import RunFolder, starts
 from meanflow.training.state import TrainState, fresh_state, initialise, restore, to_checkpoint
-from meanflow.training.step import LossFunction, configure_numerics, make_loss
+from meanflow.training.step import LossFunction, configure_numerics
 
 
 @dataclass
@@ -53,7 +54,7 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     state = fresh_state(config, ctx.device)
     resumed = resume(state, config, run, data, requested)
     initialised = None if resumed or config.init.from_ is None else initialise(state, config.init)
-    loss = make_loss(state.network, config, ctx.device, state.ema)
+    loss = loss_of_run(config, state, ctx, stream.micro)
     kept = config.train.compile is not None and stream.micro_steps > 1
     gradients = GradientSum(state.network, ctx, kept)
     writer = tensorboard_writer(run.path, state.step) if ctx.is_main and config.logging.tensorboard else None

@@ -49,10 +49,11 @@ def fresh_state(config: RunConfig, device: torch.device) -> TrainState:
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     """The freshly initialised network, a function of the seed alone, on `device` in channels_last."""
-    with torch.random.fork_rng(devices=[]):
+    first = device if device.type == "meta" else torch.device("cpu")  # whose weights are the same for every device
+    with torch.random.fork_rng(devices=[]), first:
         torch.manual_seed(derive_seed(config.seed, "init"))
         backbone = DiT if isinstance(config.model, DiTConfig) else UNet
-        network = backbone(config.model)  # on the CPU: the same weights on every device
+        network = backbone(config.model)
     return network.to(device=device, memory_format=torch.channels_last)
 
 

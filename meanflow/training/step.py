@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,12 @@ from meanflow.training.processes import GradientSum
 from meanflow.training.state import Ema, learning_rate
 
 LossFunction = Callable[[MicroBatch], Loss]
+# By train.activation_checkpointing. A compiled graph computes cheap operations again by itself.
+RUN_BLOCK = {
+    None: nn.Module.__call__,
+    "cheap": functools.partial(nn.Module.__call__, run=checkpointed),
+    "blocks": checkpointed,
+}
 
 
 def configure_numerics(config: TrainConfig) -> None:
@@ -35,7 +42,7 @@ def configure_numerics(config: TrainConfig) -> None:
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: Ema | None = None) -> LossFunction:
     """The loss of a micro-batch. `ema` gives the averaged teacher, where the objective asks for one."""
     u = in_training_precision(network, config.train)
-    jvp, mode = take_jvp(config.train.jvp), config.train.compile
+    jvp, mode = take_jvp(config.train.jvp), config.train.compile_mode
     if mode is not None and config.objective.needs_jvp:
         jvp = compiled_jvp(network, config.train.jvp, mode)
     elif mode is not None:
@@ -43,6 +50,8 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
     teacher = None if config.objective.teacher_decay is None else averaged(network, ema, config)
 
     def loss(batch: MicroBatch) -> Loss:
+        if mode is not None:  # CUDA graphs: what the call before returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         cond, v = batch.cond, None
         if config.guidance is not None:
             v = _guided(u, network, batch, config)
@@ -57,19 +66,20 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
 
 
 def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
-    """u(z, r, t, **cond), its blocks under bf16 autocast or checkpointed if the recipe says so.
+    """u(z, r, t, **cond), its blocks under bf16 autocast or with activation checkpointing if the recipe says so.
 
     Only the blocks run in bf16. Times, labels, the first and the last layer stay float32: rounded to bf16, times near
     1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
-    run_block = checkpointed if config.activation_checkpointing else nn.Module.__call__
-    bf16 = config.precision == "bf16"
+    run_block = RUN_BLOCK[config.activation_checkpointing if config.compile_mode is None else None]
+    if config.precision != "bf16":  # a context that is entered but disabled would still be part of a compiled graph
+        return functools.partial(network, run_block=run_block)
 
-    def in_precision(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
+    def in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             return run_block(block, x, emb)
 
-    return functools.partial(network, run_block=in_precision)
+    return functools.partial(network, run_block=in_bf16)
 
 
 def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
@@ -78,10 +88,8 @@ def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
 
     @torch.no_grad()
     def teacher(z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
-        network.eval()
-        out = torch.func.functional_call(network, weights, (z, r, t), cond)
-        network.train()
-        return out
+        with evaluating(network):
+            return torch.func.functional_call(network, weights, (z, r, t), cond)
 
     return teacher
 
@@ -90,10 +98,21 @@ def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig
     """The guided velocity of a micro-batch. One pass of twice the batch uses a GPU better; a CPU gains nothing."""
     z, v = interpolate(batch.x, batch.eps, batch.t), batch.eps - batch.x
     batched, null_class = z.device.type != "cpu", config.model.classes
+    with evaluating(network):
+        return guided_velocity(
+            u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond
+        )
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, which is without dropout; then the mode from before."""
+    training = network.training
     network.eval()
-    guided = guided_velocity(u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond)
-    network.train()
-    return guided
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def accumulate(

@@ -1,0 +1,1 @@
+"""The parts of `eval.check`: what is tried on a new machine."""

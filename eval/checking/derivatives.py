@@ -1,0 +1,69 @@
+"""Loss, du/dt and gradient of the recipe's network against `torch.func` in float32, for each way of computing them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eval.benchmark.steps import Setting
+from eval.checking.report import FAILED, NOT_RUN, OK, Finding, failure
+from meanflow.jvp import compiled_jvp, take_jvp
+from meanflow.training.batches import MicroBatch, random_batch
+from meanflow.training.compiling import relative_error
+from meanflow.training.state import build_network
+from meanflow.training.step import configure_numerics, in_training_precision
+
+SAMPLES = 2
+LIMITS = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}  # of the relative errors: a wrong rule gives errors near 1
+NOT_ZERO = 0.02  # standard deviation that is added to the weights: fresh networks return almost nothing
+
+
+def agreement(
+    setting: Setting, precisions: tuple[str, ...], modes: tuple[str | None, ...], device: torch.device
+) -> Iterator[Finding]:
+    """One finding for each precision and mode of torch.compile (None: eager)."""
+    config = setting.config()
+    if not config.objective.needs_jvp:
+        yield Finding("dual against torch.func", NOT_RUN, f"objective {config.objective.kind} takes no derivative")
+        return
+    torch.manual_seed(0)
+    network = build_network(config, device).eval()  # without dropout
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn_like(p), alpha=NOT_ZERO)
+    batch = random_batch(config, SAMPLES, device)
+    batch = replace(batch, r=torch.tensor([0.2, 0.5]), t=torch.tensor([0.7, 0.5]))  # one with r < t, one with r = t
+    expected = _computed(network, config, batch, "func", "fp32", None)
+    for precision in precisions:
+        for mode in modes:
+            name = f"{precision}, {f'compiled ({mode})' if mode else 'eager'}"
+            try:
+                found = _computed(network, config, batch, "dual", precision, mode)
+            except Exception as error:  # such as a compiler that is missing: the other ways may work
+                yield failure(name, error)
+                continue
+            errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+            text = ", ".join(f"{what} {e:.1e}" for what, e in zip(("loss", "du/dt", "gradient"), errors, strict=True))
+            yield Finding(
+                name, OK if all(error < LIMITS[precision] for error in errors) else FAILED, f"relative errors: {text}"
+            )
+
+
+def _computed(network, config, batch: MicroBatch, method: str, precision: str, mode: str | None) -> list[Tensor]:
+    """The loss of each sample, du/dt and the gradient."""
+    train = replace(config.train, precision=precision, jvp=method)
+    configure_numerics(train)
+    u = in_training_precision(network, train)
+    jvp = take_jvp(method) if mode is None else compiled_jvp(network, method, mode)
+    taken = []
+
+    def recorded(*args, **kwargs):
+        taken.append(jvp(*args, **kwargs))
+        return taken[-1]
+
+    network.zero_grad()
+    loss = config.objective.loss(u, batch.x, batch.eps, batch.r, batch.t, jvp=recorded, **batch.cond)
+    loss.per_sample.sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    return [loss.per_sample.detach(), taken[0][1].detach(), gradient]

@@ -1,0 +1,89 @@
+"""train.compile=auto: whether to compile a run's steps, in which mode, and whether the result may be trusted."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from meanflow.logs import log
+from meanflow.training.batches import MicroBatch, random_batch
+from meanflow.training.config import AUTO, RunConfig
+from meanflow.training.costs import forward_multiply_adds, step_launches
+from meanflow.training.processes import DistributedContext
+from meanflow.training.state import TrainState
+from meanflow.training.step import LossFunction, evaluating, make_loss
+
+SHORTEST_RUN = 10_000  # steps: compiling takes minutes
+PASSES = 4  # of a step: forward, its derivative, backward, which takes two
+FLOPS_OF_A_LAUNCH = 1e9  # about what a data-centre GPU computes while the host starts one kernel, some 10 µs
+TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative, of losses and gradient; wrong ones are off by 1
+
+
+def chosen_mode(config: RunConfig, device: torch.device, images: int) -> str | None:
+    """What train.compile=auto means for steps on `images` at once: a mode of torch.compile, or None for eager ones.
+
+    "reduce-overhead" (CUDA graphs) where starting kernels would take longer than computing: small networks or batches.
+    """
+    train = config.train
+    by_shape = train.jvp == "func" and config.objective.varying_rows
+    if device.type != "cuda" or train.steps < SHORTEST_RUN or train.activation_checkpointing == "blocks" or by_shape:
+        return None
+    return mode_of_step(config, images)
+
+
+def mode_of_step(config: RunConfig, images: int) -> str:
+    flops = 2 * PASSES * forward_multiply_adds(config) * images
+    return "reduce-overhead" if flops / step_launches(config, images) < FLOPS_OF_A_LAUNCH else "default"
+
+
+def loss_of_run(config: RunConfig, state: TrainState, ctx: DistributedContext, images: int) -> LossFunction:
+    """The loss of micro-batches of `images`; with train.compile=auto compiled if that is worth it and right here.
+
+    Right: losses and gradient of one micro-batch are those of the eager step within TOLERANCES, on every process.
+    Otherwise a warning says what is wrong, and the steps are eager. A network with dropout is compared, and compiled
+    once more for it, in evaluation mode: compiled code draws other masks.
+    """
+    eager = make_loss(state.network, config, ctx.device, state.ema)
+    mode = chosen_mode(config, ctx.device, images) if config.train.compile == AUTO else None
+    if mode is None:
+        return eager
+    log.info(f"train.compile=auto: {mode}; compiling takes some minutes")
+    problem, dropout = None, getattr(config.model, "dropout", 0.0) > 0
+    how = replace(config, train=replace(config.train, compile=mode))
+    try:
+        compiled = make_loss(state.network, how, ctx.device, state.ema)
+        with evaluating(state.network) if dropout else nullcontext():
+            error = largest_error(compiled, eager, state.network, random_batch(config, images, ctx.device))
+        tolerance = TOLERANCES[config.train.precision]
+        if not error <= tolerance:
+            problem = f"the compiled step's numbers are off by {error:.1e}, more than {tolerance:.0e}"
+    except Exception as failure:  # of any kind: a compiler has many, and training is possible without it
+        problem = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+    if ctx.any(problem is not None):
+        problem = problem or "another process says why"
+        log.warning(
+            f"train.compile=auto: not compiled ({problem}); steps are eager. train.compile=null says so at once"
+        )
+        return eager
+    return make_loss(state.network, how, ctx.device, state.ema) if dropout else compiled
+
+
+def largest_error(compiled: LossFunction, eager: LossFunction, network: nn.Module, batch: MicroBatch) -> float:
+    """The relative error of losses or gradient, whichever is larger. Leaves no gradients."""
+    found, expected = (_losses_and_gradient(loss, network, batch) for loss in (compiled, eager))
+    return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _losses_and_gradient(loss: LossFunction, network: nn.Module, batch: MicroBatch) -> list[Tensor]:
+    network.zero_grad()
+    out = loss(batch)
+    out.mean.backward()
+    gradient = [p.grad.flatten().double() for p in network.parameters() if p.grad is not None]
+    network.zero_grad()
+    return [out.per_sample.detach().clone(), torch.cat(gradient)]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
