@@ -21,6 +21,7 @@ from pathlib import Path
 
 from eval.scoring.options import Parser, add_device, add_set
 from meanflow.errors import IncompleteError, UserError, run_main
+from meanflow.training.signals import end_with_launcher
 
 HERE = Path(__file__).resolve().parent
 RECIPES, TABLES, FIGURES = HERE / "recipes", HERE / "recipes" / "tables", HERE / "recipes" / "figures"
@@ -30,6 +31,8 @@ SLOW_ON_CPU = 5_000_000  # parameters from which a CPU run is a matter of weeks
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's, which our own launcher uses too
+        end_with_launcher()
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\n{listing()}")
         return 0
@@ -208,7 +211,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.scoring.score import ScoreDuring, closing_table, score_run
     from meanflow.logs import log
     from meanflow.training.loop import train
-    from meanflow.training.microbatch import with_microbatch
+    from meanflow.training.microbatch import with_last_microbatch, with_microbatch
     from meanflow.training.processes import run_on_rank0
     from meanflow.training.run_folder import RunFolder
     from meanflow.training.setup import set_up
@@ -216,8 +219,9 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     run, locks = RunFolder(out), []
     try:
         run_on_rank0(ctx, lambda: locks.append(run.lock()))
-        kept = None if "train.microbatch" in requested else run_on_rank0(ctx, run.config)
-        config = with_microbatch(config, ctx, kept)
+        if "train.microbatch" not in requested:
+            config = with_last_microbatch(config, run_on_rank0(ctx, run.config))
+        config = with_microbatch(config, ctx)
         changed = run_on_rank0(ctx, lambda: run.check(config, requested))
         run_on_rank0(ctx, lambda: warn(config, ctx))
         training = set_up(config, run, ctx, requested)

@@ -18,7 +18,7 @@ from meanflow.training.compiling import mode_of_step
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.costs import LiveBytes, StepMemory, step_launches, step_memory
 from meanflow.training.loop import train
-from meanflow.training.microbatch import with_microbatch
+from meanflow.training.microbatch import with_last_microbatch, with_microbatch
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import set_up
@@ -176,14 +176,14 @@ def test_a_network_that_does_not_fit_is_refused(monkeypatch, alone):
         with_microbatch(tiny_config(train__microbatch="auto"), alone)
 
 
-def test_the_number_is_kept_for_the_run(monkeypatch, launch, recipe, tmp_path, alone):
+def test_the_number_is_kept_for_the_run(launch, recipe, tmp_path):
     file, run = recipe(train__microbatch="auto", train__steps=2), tmp_path / "run"
     launch("run", file, "--out", run).wait()
     kept = load_config(run / "config.yaml")
     assert kept.train.microbatch == 8  # all of them: a computer's memory is large enough
-    monkeypatch.setattr(microbatch, "usable_memory", lambda device: 1e4)
     config = load_config(file)
-    assert with_microbatch(config, alone, kept) == replace(config, train=replace(config.train, microbatch=8))
+    assert with_last_microbatch(config, kept) == replace(config, train=replace(config.train, microbatch=8))
+    assert with_last_microbatch(config, None) == config
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_run_with_a_spike_guard_skips_counts_and_resumes(train_tiny, monkeypat
 
 def test_a_loss_that_is_not_finite_with_a_gradient_that_is(train_tiny, monkeypatch):
     """Errors beyond float32 get weight zero (Eq. 22): the loss is NaN, their gradient 0. Nothing may be updated."""
-    make_loss, make_state, kept = setup.make_loss, setup.fresh_state, {}
+    make_loss, make_state, kept = setup.loss_of_run, setup.fresh_state, {}
 
     def spoilt(*args):
         loss = make_loss(*args)
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(train_tiny, monkeypat
 
         return spoil
 
-    monkeypatch.setattr(setup, "make_loss", spoilt)
+    monkeypatch.setattr(setup, "loss_of_run", spoilt)
     monkeypatch.setattr(setup, "fresh_state", lambda *args: kept.setdefault("state", make_state(*args)))
     with pytest.raises(NumericsError, match=r"^step 1: loss nan, gradient norm nan"):
         train_tiny()

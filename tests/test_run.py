@@ -83,7 +83,7 @@ def test_the_whole_job_leaves_what_the_readme_promises_and_resumes(recipe, launc
     assert "1-NFE fd-pixels" in done.out and "two halves of the real images" in done.out
     for name in ("samples.png", "curves.png", "eval", "metrics.jsonl", "checkpoints"):
         assert str(run / name) in done.out and (run / name).exists(), name
-    assert load_config(run / "config.yaml") == tiny_config(train__steps=30)
+    assert load_config(run / "config.yaml") == tiny_config(train__steps=30, train__microbatch=8)
     assert steps_of(run) == list(range(1, 31))
     with Image.open(run / "samples.png") as picture:
         assert picture.size == (3 * 66 + 2, 3 * 66 + 2)
@@ -452,6 +452,7 @@ def test_a_launch_that_cannot_be_is_one_line_not_one_a_process(refused, monkeypa
 
 
 def _launch(program: str, files: tuple[Path, Path]) -> None:
+    os.setsid()
     redirect(files)
     sys.exit(launch_module.run_in_processes(2, ["-c", program]))
 
@@ -478,3 +479,41 @@ def test_the_launcher_ends_as_one_process_would(tmp_path, main, other, code, sho
     process.join(60)
     assert process.exitcode == code
     assert files[1].read_text() == shown
+
+
+@pytest.mark.parametrize("killed", ["launcher", "group", "worker"])
+def test_no_process_outlives_its_launcher(tmp_path, killed):
+    """torchrun's processes have sessions of their own: a SIGKILL of the launcher or its group does not reach them."""
+    body = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from meanflow.training.signals import end_with_launcher
+end_with_launcher()
+open({str(tmp_path)!r} + "/pid-" + os.environ["RANK"] + "-" + str(os.getpid()), "w").close()
+time.sleep(60)
+"""
+    launcher = context.Process(target=_launch, args=(body, (tmp_path / "out", tmp_path / "err")))
+    launcher.start()
+    until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    workers = [int(path.name.split("-")[2]) for path in sorted(tmp_path.glob("pid-*"))]
+    assert len({os.getsid(pid) for pid in (*workers, launcher.pid)}) == 3
+    if killed == "group":
+        os.killpg(launcher.pid, signal.SIGKILL)
+    else:
+        os.kill(launcher.pid if killed == "launcher" else workers[1], signal.SIGKILL)
+    until(lambda: not any(map(is_running, workers)), 10)
+    launcher.join(10)
+    assert launcher.exitcode == (137 if killed == "worker" else -signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_second_start_is_refused_by_all_processes(launch, recipe, tmp_path):
+    """With the code of one process: torchrun would report whichever ended first."""
+    run = tmp_path / "run"
+    with RunFolder(run).lock():
+        refused = launch("run", recipe(), "--out", run, "--device", "cpu", environment={"NPROC": "2"}).wait()
+    assert refused.code == 3 and "another process is training here" in refused.error

@@ -12,7 +12,8 @@ from meanflow.errors import EXIT_NUMERICS, NumericsError, UserError
 from meanflow.logs import log
 from meanflow.training.batches import split_batch
 from meanflow.training.checkpoint import checkpoint_path
-from meanflow.training.config import RunConfig, load_config
+from meanflow.training.config import RunConfig
+from meanflow.training.microbatch import with_last_microbatch
 from meanflow.training.processes import (
     DistributedContext,
     leaving_distributed,
@@ -100,4 +101,5 @@ def is_done(run: Run, folder: RunFolder) -> bool:
         return False
     if any(picture.stat().st_mtime < last.stat().st_mtime for picture in pictures):
         return False
-    return load_config(folder.config_file) == run.recipe and find_checkpoint(folder.path)[0] == last
+    before = folder.config()
+    return before == with_last_microbatch(run.recipe, before) and find_checkpoint(folder.path)[0] == last

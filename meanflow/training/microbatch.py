@@ -17,16 +17,21 @@ from meanflow.training.processes import DistributedContext, gather
 USABLE = {"cuda": 0.9, "cpu": 0.8}  # of the memory: the rest is for fragmentation and other programs
 
 
-def with_microbatch(config: RunConfig, ctx: DistributedContext, kept: RunConfig | None = None) -> RunConfig:
+def with_last_microbatch(config: RunConfig, last: RunConfig | None) -> RunConfig:
+    """`config` with the number of the run's last start in place of train.microbatch=auto, if there was one."""
+    if config.train.microbatch != AUTO or last is None:
+        return config
+    return replace(config, train=replace(config.train, microbatch=last.train.microbatch))
+
+
+def with_microbatch(config: RunConfig, ctx: DistributedContext) -> RunConfig:
     """`config` with a number in place of train.microbatch=auto, the same on every process.
 
-    kept: settings of the run's last start, whose number stays. Otherwise the batch of a process is halved until it
-    fits, as counted by `step_memory`. Raises ConfigError if not even one image does.
+    The batch of a process is halved until it fits, as counted by `step_memory`. Raises ConfigError if not even one
+    image does.
     """
     if config.train.microbatch != AUTO:
         return config
-    if kept is not None and kept.train.microbatch != AUTO:
-        return replace(config, train=replace(config.train, microbatch=kept.train.microbatch))
     local = split_batch(config, ctx.world)
     size = min(gather(ctx, _fitting(config, local, ctx)))
     if size < 1:

@@ -21,16 +21,23 @@ from torch.distributed.distributed_c10d import _abort_process_group
 from meanflow.errors import IncompleteError, UserError
 
 BUCKET_BYTES = 25 * 2**20
+# For how long processes wait for each other: everywhere but in steps one may be preparing data or scoring alone; in a
+# step they differ by what compiling takes.
+PATIENT_TIMEOUT, TIMEOUT = timedelta(hours=1), timedelta(minutes=10)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's rank, the number of processes and the device. Without a launcher `world` is 1."""
+    """This process's rank, the number of processes and the device. Without a launcher `world` is 1.
+
+    group: for what is exchanged in every step, where waiting means that a process is lost; see TIMEOUT.
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -39,7 +46,7 @@ class DistributedContext:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over processes, in place."""
         if self.world > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -64,14 +71,18 @@ def start_distributed(device: str | None = None) -> DistributedContext:
         raise UserError(
             f"--device cuda needs a GPU for each process, {local + 1} or more on this machine, and PyTorch sees {gpus}"
         )
+    group = None
     if kind == "cuda":
         torch.cuda.set_device(where)
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            if not dist.is_initialized():
+                how = {"backend": "nccl", "device_id": where} if kind == "cuda" else {"backend": "gloo"}
+                dist.init_process_group(**how, timeout=PATIENT_TIMEOUT)
+            group = dist.new_group(timeout=TIMEOUT)
         except RuntimeError as error:
             raise IncompleteError(_not_connected(error)) from error
-    return DistributedContext(int(os.environ.get("RANK", 0)), world, where)
+    return DistributedContext(int(os.environ.get("RANK", 0)), world, where, group)
 
 
 def _not_connected(error: RuntimeError) -> str:
@@ -165,7 +176,7 @@ class GradientSum:
     """
 
     def __init__(self, network: nn.Module, ctx: DistributedContext, kept: bool = False):
-        self.world = ctx.world
+        self.world, self.group = ctx.world, ctx.group
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.buckets: list[Tensor] = []
         if self.world == 1:
@@ -218,7 +229,7 @@ class GradientSum:
     def _launch(self, until: list[int]) -> None:
         """Start reductions strictly in bucket order, the same on every process."""
         while len(self.works) < len(self.buckets) and until[len(self.works)] == 0:
-            self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+            self.works.append(dist.all_reduce(self.buckets[len(self.works)], group=self.group, async_op=True))
 
     def finish(self) -> None:
         """Wait for all reductions; parameters that had no gradient count as zero."""

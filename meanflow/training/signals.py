@@ -1,7 +1,9 @@
 """Requests to stop: finish the step, save, and exit with a code that says why."""
 
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from types import FrameType
 from meanflow.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 SECOND_AFTER_S = 1.0  # within it a second Ctrl-C is torchrun's copy of the one from the terminal
+POLL_S = 0.5  # how often a process looks for its launcher
+TIME_TO_SAVE_S = 60.0  # after its launcher has died
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGUSR1: EXIT_TERMINATED}
 
 
@@ -21,6 +25,24 @@ def warned_by_usr1() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, previous)
+
+
+def end_with_launcher() -> None:
+    """From now on this process is stopped, as by SIGTERM, when the process that started it has died.
+
+    torchrun starts its processes in sessions of their own. If it is killed they would go on without it, keep the run
+    folder locked and the GPU's memory taken, or wait for each other. To be called first, since a launcher that has
+    died before is not noticed.
+    """
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(TIME_TO_SAVE_S)  # other processes may be gone for good
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class StopRequest:
