@@ -1,6 +1,8 @@
 """The latent path end to end in small: latents of digits, a guided DiT, samples that are images again."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import load_newest
 from meanflow.training.model import generate, load, noise
 from meanflow.training.processes import DistributedContext
+from meanflow.training.state import HostCopy
 
 CPU = torch.device("cpu")
 
@@ -115,9 +118,31 @@ def test_activation_checkpointing_changes_nothing_but_memory(train_tiny, changes
             assert torch.equal(a[name], b[name]), (how, name)
 
 
-def test_averages_on_the_host_are_the_same(train_tiny, changes):
-    a, b = (newest(train_tiny(store, ema__store=store, **changes)).ema["0.9"] for store in ("device", "host"))
+def test_averages_on_the_host_are_the_same_and_copied_only_when_due(train_tiny, changes, monkeypatch):
+    copies, copy = [], HostCopy.copy
+    monkeypatch.setattr(HostCopy, "copy", lambda self, then: copies.append(1) or copy(self, then))
+    every = {"ema__every": 3, "train__steps": 7, **changes}
+    a, b = (newest(train_tiny(store, ema__store=store, **every)).ema["0.9"] for store in ("device", "host"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(copies) == 2
+
+
+def test_the_device_waits_for_the_copy_before_the_weights_change(monkeypatch):
+    """A stand-in for the stream: what is asked of it, in order. Not run on a GPU."""
+    asked, x = [], torch.ones(3)
+    stream = SimpleNamespace(device=None, wait_stream=lambda s: asked.append("after the step"))
+    event = SimpleNamespace(synchronize=lambda: asked.append("host"))
+    stream.record_event = lambda: asked.append("copied") or event
+    host = HostCopy([x])
+    host.stream = stream
+    current = SimpleNamespace(wait_event=lambda e: asked.append("device"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    seen = []
+    host.copy(then=lambda copies: seen.extend(y.clone() for y in copies))
+    host.wait()
+    host.before_weights_change()
+    assert asked == ["after the step", "copied", "host", "device"] and torch.equal(seen[0], x)
 
 
 def test_the_home_folder_is_expanded(train_tiny, tmp_path, monkeypatch):

@@ -112,7 +112,8 @@ def _step(config: RunConfig) -> Callable[[int], None]:
     """Forward and backward pass of a number of images."""
     config = replace(config, train=replace(config.train, precision="fp32", compile=None))
     network = build_network(config, META).train()
-    loss = make_loss(network, config, META, Ema(network, config.ema))
+    ema = None if config.objective.teacher_decay is None else Ema(network, config.ema)
+    loss = make_loss(network, config, META, ema)
 
     def step(images: int) -> None:
         network.zero_grad()

@@ -47,6 +47,7 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
             sums, micro_batches = StepSums(), training.stream.micro_batches(state.step)
             with out_of_memory_explained(config):
                 accumulate(training.loss, micro_batches, training.stream.micro_steps, batch, gradients, sums)
+                state.ema.before_weights_change()
                 norm = update(state.optimizer, gradients.parameters, config.optim, state.step, state.guard)
             lr = learning_rate(config.optim, state.step)
             state.step += 1

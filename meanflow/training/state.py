@@ -1,6 +1,8 @@
 """The state of a run: weights, averages, optimiser; how it is initialised, saved and restored."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,25 +94,85 @@ class Ema:
     def __init__(self, network: nn.Module, config: EmaConfig):
         self.config = config
         self._weights = {name: p.detach() for name, p in network.named_parameters()}
-        self.averages: dict[float, dict[str, Tensor]] = {decay: {} for decay in config.decays}
+        self._host = HostCopy(list(self._weights.values())) if config.store == "host" else None
+        self._averages: dict[float, dict[str, Tensor]] = {decay: {} for decay in config.decays}
         self.restart()
+
+    @property
+    def averages(self) -> dict[float, dict[str, Tensor]]:
+        """Up to date: with `store` "host" this waits for the last update."""
+        if self._host is not None:
+            self._host.wait()
+        return self._averages
 
     def restart(self) -> None:
         """Set every average to the current weights."""
+        weights = {name: weight if self._host is None else weight.cpu() for name, weight in self._weights.items()}
         for average in self.averages.values():
-            average.update({name: self._stored(weight).clone() for name, weight in self._weights.items()})
+            average.update({name: weight.clone() for name, weight in weights.items()})
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """To be called once after each optimiser step; `step` counts those steps from 1."""
         if step % self.config.every:
             return
-        weights = [self._stored(weight) for weight in self._weights.values()]
-        for decay, average in self.averages.items():
+        if self._host is None:
+            self._move(list(self._weights.values()))
+        else:
+            self._host.copy(then=self._move)
+
+    def _move(self, weights: list[Tensor]) -> None:
+        for decay, average in self._averages.items():
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay**self.config.every)
 
-    def _stored(self, weight: Tensor) -> Tensor:
-        return weight.cpu() if self.config.store == "host" else weight
+    def before_weights_change(self) -> None:
+        """To be called before each optimiser step: it may have to come after the copy of the last update."""
+        if self._host is not None:
+            self._host.before_weights_change()
+
+
+class HostCopy:
+    """Copies of tensors in the CPU's memory, made while the device and this thread go on.
+
+    From a CUDA device the copies go to pinned memory on a stream of their own. What is done with them runs in a thread:
+    of a large network it takes a second.
+    """
+
+    def __init__(self, tensors: list[Tensor]):
+        cuda = tensors[0].is_cuda
+        self.tensors = tensors
+        self.copies = [torch.empty_like(x, device="cpu", pin_memory=cuda) for x in tensors]
+        self.stream = torch.cuda.Stream(tensors[0].device) if cuda else None
+        self.copied: torch.cuda.Event | None = None
+        self.thread, self.work = ThreadPoolExecutor(1), None
+
+    def copy(self, then: Callable[[list[Tensor]], None]) -> None:
+        """Copy the tensors as they are now, then call `then` with the copies; `wait` waits for it."""
+        self.wait()
+        if self.stream is None:
+            torch._foreach_copy_(self.copies, self.tensors)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+            with torch.cuda.stream(self.stream):
+                torch._foreach_copy_(self.copies, self.tensors, non_blocking=True)
+                self.copied = self.stream.record_event()
+        self.work = self.thread.submit(self._after_copy, then)
+
+    def _after_copy(self, then: Callable[[list[Tensor]], None]) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        with torch.no_grad():
+            then(self.copies)
+
+    def before_weights_change(self) -> None:
+        """The device's work from here on comes after the copy."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(self.copied)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.result()
+            self.work = None
 
 
 # --- saved and restored ----------------------------------------------------------------------------------------------
