@@ -6,11 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from method_helpers import DIT, UNET, assert_close, batch, loss_of, small, with_gradient
-from running import comparable_metrics
+from running import ROOT, comparable_metrics, in_processes, newest, tiny_config, train_run
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified
 
 from meanflow.jvp import METHODS, compiled_jvp, take_jvp, value_and_jvp
+from meanflow.training import compiling
+from meanflow.training.config import load_config
+from meanflow.training.run_folder import RunFolder
 from unet.layers import GroupNorm
 
 TINY_UNET = replace(UNET, image_size=4, width=4, multipliers=(1,), attention=(), augment_labels=0, classes=0)
@@ -104,3 +109,111 @@ def test_the_mode_of_the_recipe_is_torch_compiles(method, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how["mode"]) or function)
     loss_of(net, tiny_batch(3), jvp=compiled_jvp(net, method, "reduce-overhead"))
     assert asked == ["reduce-overhead"]
+
+
+# --- in training: automatic, in several processes, with memory that is used again ------------------------------------
+
+RUN = {"model__width": 4}
+
+
+def reusing(graph, inputs):
+    """A backend like CUDA graphs: each call's outputs lie in the memory of the outputs of the call before."""
+
+    def compiled(module, _):
+        memory = []
+
+        def run(*arguments):
+            outputs = module(*arguments)
+            if not memory:
+                memory.extend(y.clone() if isinstance(y, torch.Tensor) else y for y in outputs)
+            for kept, y in zip(memory, outputs, strict=True):
+                if isinstance(y, torch.Tensor):
+                    kept.copy_(y)
+            return [kept.detach() if isinstance(kept, torch.Tensor) else kept for kept in memory]
+
+        return make_boxed_func(run)
+
+    return aot_module_simplified(graph, inputs, fw_compiler=compiled, bw_compiler=compiled)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """`backend(name or function)`: torch.compile with it."""
+    compile = torch.compile
+
+    def use(backend):
+        monkeypatch.setattr(torch, "compile", lambda function, mode, **how: compile(function, backend=backend, **how))
+
+    return use
+
+
+def losses(run) -> list[float]:
+    return [line["loss"] for line in comparable_metrics(run.path)]
+
+
+def test_memory_that_the_next_call_overwrites_changes_nothing(backend, train_tiny):
+    """Gradients are added up where they are the run's own, and what is logged is read before the next call."""
+    backend(reusing)
+    runs = [train_tiny(str(mode), train__compile=mode, train__microbatch=4, **RUN) for mode in (None, "default")]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    a, b = (newest(run.path).model for run in runs)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_auto_compiles_where_it_is_worth_it(train_tiny, monkeypatch, logged, dropout):
+    """With dropout once more, for the comparison in evaluation mode. The run is that of compile=default."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: graphs.append(how["mode"]) or function)
+    config = {**RUN, "model__dropout": dropout}
+    expected = losses(train_tiny("named", **config, train__compile="default"))
+    train_tiny("cpu", **config)
+    assert graphs == ["default"]  # auto is eager on a CPU
+    monkeypatch.setattr(compiling, "chosen_mode", lambda *args: "reduce-overhead")
+    assert losses(train_tiny("auto", **config)) == pytest.approx(expected, rel=1e-5)
+    assert graphs == ["default"] + ["reduce-overhead"] * (2 if dropout else 1)
+    assert "train.compile=auto: reduce-overhead" in logged.text and "not compiled" not in logged.text
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong", "nan"])
+def test_auto_stays_eager_where_compiling_fails_or_is_wrong(train_tiny, monkeypatch, logged, fault):
+    def compile(function, **how):
+        if fault == "raises":
+            raise RuntimeError("no C++ compiler\nin this image")
+
+        def wrong(*args):
+            value, tangent = function(*args)
+            return value, tangent * (float("nan") if fault == "nan" else 1.1)
+
+        return wrong
+
+    eager = train_tiny("eager", **RUN, model__dropout=0.3)
+    monkeypatch.setattr(compiling, "chosen_mode", lambda *args: "default")
+    monkeypatch.setattr(torch, "compile", compile)
+    found = train_tiny("auto", **RUN, model__dropout=0.3)
+    assert losses(found) == pytest.approx(losses(eager), rel=1e-6)
+    (warning,) = [line for line in logged.messages if "not compiled" in line]
+    assert ("RuntimeError: no C++ compiler)" if fault == "raises" else "numbers are off by") in warning
+
+
+def test_what_auto_chooses():
+    gpu, config = torch.device("cuda"), load_config(ROOT / "recipes" / "cifar10.yaml")
+    assert compiling.chosen_mode(config, gpu, 128) == "default"
+    assert compiling.chosen_mode(config, torch.device("cpu"), 128) is None
+    for change in ({"steps": 500}, {"activation_checkpointing": "blocks"}):
+        assert compiling.chosen_mode(replace(config, train=replace(config.train, **change)), gpu, 128) is None
+
+
+def trained_compiled(ctx, folder):
+    """In each of two processes: the losses of a compiled run."""
+    compile, run = torch.compile, RunFolder(folder)
+    torch.compile = lambda function, mode, **how: compile(function, backend="aot_eager", **how)
+    train_run(tiny_config(**RUN, train__compile="default", train__microbatch=2), run, ctx)
+    ctx.barrier()
+    return losses(run)
+
+
+def test_compiled_steps_in_two_processes(tmp_path, train_tiny):
+    eager = losses(train_tiny("eager", **RUN))
+    for compiled in in_processes(2, trained_compiled, tmp_path / "compiled"):
+        assert compiled == pytest.approx(eager, rel=1e-5) and len(eager) == 6

@@ -9,6 +9,7 @@ from method_helpers import UNET, assert_close, batch, loss_of, small, with_gradi
 from running import ROOT, tiny_config
 
 import unet.layers
+from meanflow.dual import Dual
 from meanflow.errors import ConfigError, IncompleteError
 from meanflow.jvp import PARTS, _padded, _ValueAndTangent, dual_jvp, plain_operations, rounded_rows, value_and_jvp
 from meanflow.random import generator
@@ -51,6 +52,23 @@ def test_the_norm_of_gpus_is_that_of_the_kernel(monkeypatch, dtype, tolerance):
         torch.manual_seed(5)
         found.append([dudt, *with_gradient(net, loss_of(net, b))])
     assert_close(*found, tolerance * 50)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_resampling_by_matrices_is_that_by_convolutions(dtype, tolerance):
+    """Values, gradients and tangents, for both directions; the memory format stays."""
+    for resample, side in (("down", 8), ("up", 4), ("down", 2)):
+        forms = [unet.layers.Conv(6, 4, 3, resample, side=given).to(dtype) for given in (0, side)]
+        forms[1].load_state_dict(forms[0].state_dict())
+        torch.manual_seed(1)
+        x, dx = (torch.randn(3, 6, side, side, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
+        found = []
+        for form in forms:
+            y = form(Dual(x.requires_grad_(), dx[:2]))
+            weights = torch.linspace(-1, 1, y.value.numel(), dtype=dtype).view(y.shape)
+            found.append([y.value, y.tangent, *torch.autograd.grad((y.value * weights).sum(), [x, form.weight])])
+            assert y.value.is_contiguous(memory_format=torch.channels_last) or y.shape[2] == 1
+        assert_close(*found, tolerance)
 
 
 # --- kernels and shapes -------------------------------------------------------------------------------------------

@@ -75,12 +75,14 @@ class Layouts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_convolution_copies_its_input_to_channels_last(cuda):
+@pytest.mark.parametrize(("resampling", "convolutions"), [("conv", 216), ("matmul", 200)])
+def test_no_convolution_copies_its_input_to_channels_last(cuda, resampling, convolutions):
     """F.group_norm returns the default format on a GPU: 192 of the 216 convolutions of value and tangent would copy."""
-    network, z, t, _ = network_and_inputs(load_config(ROOT / "recipes" / "cifar10.yaml").model)
+    config = load_config(ROOT / "recipes" / "cifar10.yaml", [f"model.resampling={resampling}"])
+    network, z, t, _ = network_and_inputs(config.model)
     with Layouts() as layouts:
         dual_jvp(network, z, t * 0, t, (z[:N], 0.0, 1.0), {})
-    assert layouts.seen == {True: 216}
+    assert layouts.seen == {True: convolutions}
 
 
 @precisions

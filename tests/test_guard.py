@@ -79,13 +79,13 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(train_tiny, monkeypat
     make_loss, make_state, kept = setup.loss_of_run, setup.fresh_state, {}
 
     def spoilt(*args):
-        loss = make_loss(*args)
+        loss, compiled = make_loss(*args)
 
         def spoil(batch):
             error = loss(batch).per_sample * 1e30
             return Loss((1 / (error.detach().square() + 1) ** 0.75) * error.square())
 
-        return spoil
+        return spoil, compiled
 
     monkeypatch.setattr(setup, "loss_of_run", spoilt)
     monkeypatch.setattr(setup, "fresh_state", lambda *args: kept.setdefault("state", make_state(*args)))

@@ -69,21 +69,33 @@ class GroupNorm(nn.GroupNorm):
 class Conv(nn.Conv2d):
     """A k×k convolution, after resampling by 2 with the filter [1, 3, 3, 1] if `resample` is "up" or "down".
 
-    (B, C_in, H, W) → (B, C_out, H', W') with H' = H, 2H or H/2.
+    (B, C_in, H, W) → (B, C_out, H', W') with H' = H, 2H or H/2. With `side`, resampling is for square inputs of that
+    size, and by matrix products along each axis; otherwise by convolutions of each channel.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, resample: str = "", init: float = 1.0):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, resample: str = "", init: float = 1.0, side: int = 0
+    ):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        self.resample = resample
+        self.resample, self.side = resample, side
         xavier_(self, init)
-        if resample:
-            taps = torch.tensor(RESAMPLE_TAPS)
-            taps = taps / taps.sum() * (2.0 if resample == "up" else 1.0)  # "up" inserts zeros: gain 2 per axis
+        if not resample:
+            return
+        taps = torch.tensor(RESAMPLE_TAPS)
+        taps = taps / taps.sum() * (2.0 if resample == "up" else 1.0)  # "up" inserts zeros: gain 2 per axis
+        if side:
+            along = F.conv_transpose1d if resample == "up" else F.conv1d
+            matrix = along(torch.eye(side)[:, None], taps[None, None], stride=2, padding=1)[:, 0].T.contiguous()
+            self.register_buffer("matrix", matrix, persistent=False)  # (H', H)
+        else:
             filters = torch.outer(taps, taps)[None, None].repeat(in_channels, 1, 1, 1)
             self.register_buffer("filters", filters, persistent=False)  # (C_in, 1, 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.resample == "up":
+        if self.resample and self.side:
+            x = self.matrix @ x.permute(0, 2, 3, 1)  # (B, H, W', C), as channels_last has it in memory
+            x = (self.matrix @ x.flatten(2)).unflatten(2, (len(self.matrix), -1)).permute(0, 3, 1, 2)
+        elif self.resample == "up":
             x = F.conv_transpose2d(x, self.filters, None, stride=2, padding=1, groups=self.in_channels)
         elif self.resample == "down":
             x = F.conv2d(x, self.filters, None, stride=2, padding=1, groups=self.in_channels)
@@ -97,18 +109,26 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, resample: str = "", attention=False
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        dropout: float,
+        resample: str = "",
+        attention: bool = False,
+        side: int = 0,
     ):
+        """resample, side: see `Conv`."""
         super().__init__()
         self.dropout = dropout
         self.norm0 = GroupNorm(in_channels)
-        self.conv0 = Conv(in_channels, out_channels, 3, resample)
+        self.conv0 = Conv(in_channels, out_channels, 3, resample, side=side)
         self.affine = linear(emb_dim, out_channels)
         self.norm1 = GroupNorm(out_channels)
         self.conv1 = Conv(out_channels, out_channels, 3, init=ZERO_INIT)
         self.skip = None
         if resample or in_channels != out_channels:
-            self.skip = Conv(in_channels, out_channels, 1, resample)
+            self.skip = Conv(in_channels, out_channels, 1, resample, side=side)
         self.attention = attention
         if attention:
             self.norm2 = GroupNorm(out_channels)

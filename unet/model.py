@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from unet.embedding import CONDITIONINGS, SinusoidalEmbedding, time_variables
 from unet.layers import ZERO_INIT, Block, Conv, GroupNorm, linear
 
+RESAMPLING = ("conv", "matmul")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -34,6 +36,7 @@ class UNetConfig:
     conditioning: str = "t,t-r"  # what is embedded, Table 1c
     augment_labels: int = 0  # width of the augmentation-label input, 0 for none (6)
     classes: int = 0  # number of classes, 0 for unconditional
+    resampling: str = "conv"  # how images are halved and doubled: conv or matmul, equal up to rounding
 
     def __post_init__(self):
         if self.image_size < 1 or self.channels < 1 or self.blocks < 1:
@@ -59,6 +62,8 @@ class UNetConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {self.conditioning!r}")
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"resampling must be one of {', '.join(RESAMPLING)}, got {self.resampling!r}")
         if self.augment_labels < 0 or self.classes < 0:
             raise ValueError("augment_labels and classes must be ≥ 0")
 
@@ -95,6 +100,9 @@ class UNet(nn.Module):
         def block(*channels: int, **kwargs) -> Block:
             return Block(*channels, emb_dim=emb_dim, dropout=config.dropout, **kwargs)
 
+        def resampling(channels: int, how: str, side: int) -> Block:
+            return block(channels, channels, resample=how, side=side if config.resampling == "matmul" else 0)
+
         widths = [width * m for m in config.multipliers]
         self.enc = nn.ModuleDict()
         for level, (size, out) in enumerate(zip(config.resolutions, widths, strict=True)):
@@ -102,7 +110,7 @@ class UNet(nn.Module):
                 self.enc[f"{size}x{size}_conv"] = Conv(config.channels, width, 3)
                 skips = [width]
             else:
-                self.enc[f"{size}x{size}_down"] = block(skips[-1], skips[-1], resample="down")
+                self.enc[f"{size}x{size}_down"] = resampling(skips[-1], "down", 2 * size)
                 skips.append(skips[-1])
             for i in range(config.blocks):
                 attention = size in config.attention
@@ -116,7 +124,7 @@ class UNet(nn.Module):
                 self.dec[f"{size}x{size}_in0"] = block(current, current, attention=True)
                 self.dec[f"{size}x{size}_in1"] = block(current, current)
             else:
-                self.dec[f"{size}x{size}_up"] = block(current, current, resample="up")
+                self.dec[f"{size}x{size}_up"] = resampling(current, "up", size // 2)
             for i in range(config.blocks + 1):
                 # On the way up only a level's last block attends (the official parameter list).
                 attention = size in config.attention and i == config.blocks

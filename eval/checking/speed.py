@@ -10,7 +10,7 @@ import torch
 from eval.benchmark.clock import matrix_work, seconds_of
 from eval.benchmark.steps import Setting, Step
 from eval.checking.report import NOT_RUN, OK, Finding, Report, failure
-from meanflow.training.config import RunConfig, TrainConfig
+from meanflow.training.config import CHECKPOINTING, RunConfig, TrainConfig
 from meanflow.training.costs import LiveBytes
 from meanflow.training.metrics import peak_memory_mb
 
@@ -71,7 +71,9 @@ def search(
 def choices(config: RunConfig, precisions: tuple[str, ...], modes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """What is tried for a recipe, in the order of `search`."""
     found = {PRECISION: precisions, COMPILE: ("null", *modes)}
-    found["train.activation_checkpointing"] = ("null", "cheap", "blocks")
+    found["train.activation_checkpointing"] = ("null", *CHECKPOINTING)
+    if hasattr(config.model, "resampling"):
+        found["model.resampling"] = ("conv", "matmul")
     return found
 
 

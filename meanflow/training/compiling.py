@@ -1,6 +1,7 @@
 """train.compile=auto: whether to compile a run's steps, in which mode, and whether the result may be trusted."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from meanflow.training.step import LossFunction, evaluating, make_loss
 SHORTEST_RUN = 10_000  # steps: compiling takes minutes
 PASSES = 4  # of a step: forward, its derivative, backward, which takes two
 FLOPS_OF_A_LAUNCH = 1e9  # about what a data-centre GPU computes while the host starts one kernel, some 10 µs
+NOISE = 0.02
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative, of losses and gradient; wrong ones are off by 1
 
 
@@ -37,23 +39,28 @@ def mode_of_step(config: RunConfig, images: int) -> str:
     return "reduce-overhead" if flops / step_launches(config, images) < FLOPS_OF_A_LAUNCH else "default"
 
 
-def loss_of_run(config: RunConfig, state: TrainState, ctx: DistributedContext, images: int) -> LossFunction:
-    """The loss of micro-batches of `images`; with train.compile=auto compiled if that is worth it and right here.
+def loss_of_run(
+    config: RunConfig, state: TrainState, ctx: DistributedContext, images: int
+) -> tuple[LossFunction, bool]:
+    """The loss of micro-batches of `images`, and whether it is compiled: with train.compile=auto if that is worth it
+    and right here.
 
     Right: losses and gradient of one micro-batch are those of the eager step within TOLERANCES, on every process.
     Otherwise a warning says what is wrong, and the steps are eager. A network with dropout is compared, and compiled
     once more for it, in evaluation mode: compiled code draws other masks.
     """
     eager = make_loss(state.network, config, ctx.device, state.ema)
-    mode = chosen_mode(config, ctx.device, images) if config.train.compile == AUTO else None
+    if config.train.compile != AUTO:
+        return eager, config.train.compile is not None
+    mode = chosen_mode(config, ctx.device, images)
     if mode is None:
-        return eager
+        return eager, False
     log.info(f"train.compile=auto: {mode}; compiling takes some minutes")
     problem, dropout = None, getattr(config.model, "dropout", 0.0) > 0
     how = replace(config, train=replace(config.train, compile=mode))
     try:
         compiled = make_loss(state.network, how, ctx.device, state.ema)
-        with evaluating(state.network) if dropout else nullcontext():
+        with evaluating(state.network) if dropout else nullcontext(), perturbed(state.network):
             error = largest_error(compiled, eager, state.network, random_batch(config, images, ctx.device))
         tolerance = TOLERANCES[config.train.precision]
         if not error <= tolerance:
@@ -65,8 +72,23 @@ def loss_of_run(config: RunConfig, state: TrainState, ctx: DistributedContext, i
         log.warning(
             f"train.compile=auto: not compiled ({problem}); steps are eager. train.compile=null says so at once"
         )
-        return eager
-    return make_loss(state.network, how, ctx.device, state.ema) if dropout else compiled
+        return eager, False
+    return make_loss(state.network, how, ctx.device, state.ema) if dropout else compiled, True
+
+
+@contextmanager
+def perturbed(network: nn.Module) -> Iterator[None]:
+    """Noise on the weights inside: a fresh network returns almost nothing, whose derivative no loss would show."""
+    before = [p.detach().cpu().clone() for p in network.parameters()]
+    try:
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(torch.randn_like(p), alpha=NOISE)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, values in zip(network.parameters(), before, strict=True):
+                p.copy_(values)
 
 
 def largest_error(compiled: LossFunction, eager: LossFunction, network: nn.Module, batch: MicroBatch) -> float:

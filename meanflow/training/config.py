@@ -31,6 +31,7 @@ CHANGEABLE = (
     "description",
     "ema.eval",
     "ema.store",
+    "model.resampling",
     "data.root",
     "data.path",  # the images' checksum is compared instead
     "data.images",

@@ -54,9 +54,8 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     state = fresh_state(config, ctx.device)
     resumed = resume(state, config, run, data, requested)
     initialised = None if resumed or config.init.from_ is None else initialise(state, config.init)
-    loss = loss_of_run(config, state, ctx, stream.micro)
-    kept = config.train.compile is not None and stream.micro_steps > 1
-    gradients = GradientSum(state.network, ctx, kept)
+    loss, compiled = loss_of_run(config, state, ctx, stream.micro)
+    gradients = GradientSum(state.network, ctx, kept=compiled and stream.micro_steps > 1)
     writer = tensorboard_writer(run.path, state.step) if ctx.is_main and config.logging.tensorboard else None
     if initialised is not None:
         log.info(initialised.summary())
