@@ -4,6 +4,7 @@
 #   bash run.sh RECIPE [options]     train (or continue), sample, score, plot: a recipe by name, or a YAML file
 #   bash run.sh resume RUN           continue a run folder under its own settings
 #   bash run.sh COMMAND …            sample, fid, plot, report, convert, …; each has --help
+#   bash run.sh check [RECIPE]       is this machine right, and which settings are fastest on it?
 #   bash run.sh test [options]       the tests (pytest's options);  bash run.sh lint: style
 #   bash run.sh stress [NAME …]      break runs on purpose, for half an hour, and print a table (docs/reliability.md)
 #
@@ -72,6 +73,7 @@ case "${1:-}" in
     cd "$root"
     "$python" -m ruff check .
     exec "$python" -m ruff format --check . ;;
+  check) needed+=("$root/requirements-dev.txt") ;;  # the tests that need a GPU
   imagenet_* | table[0-9]* | tables | figure4)  # these decode with a VAE; what else does says what to install
     if [[ " $* " != *" --scale"[\ =][cg]pu* ]]; then needed+=("$root/requirements-imagenet.txt"); fi ;;
 esac

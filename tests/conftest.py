@@ -13,6 +13,11 @@ from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny tensors gain nothing from threads, and sums come out the same on every machine."""

@@ -95,7 +95,7 @@ def test_no_graph_is_kept_for_the_tangent(step):
     assert saved_bytes(step("dual")) <= 1.01 * saved_bytes(step(FLOW_MATCHING))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_host_never_waits_for_the_gpu_between_reads_of_the_metrics(tmp_path):
     config = tiny_config(model__attention=[8], model__dropout=0.2, logging__flush_every=50)
     alone = DistributedContext(0, 1, torch.device("cuda"))

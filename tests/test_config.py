@@ -101,6 +101,8 @@ def recipe_of(name: str) -> RunConfig:
             "train.activation_checkpointing=null or train.compile=null",
         ),
         ({"train__jvp": "func", "train__activation_checkpointing": "blocks"}, "set train.jvp=dual"),
+        ({"train__tangent_precision": "fp16"}, "train.tangent_precision must be null or bf16"),
+        ({"train__tangent_precision": "bf16", "train__precision": "bf16"}, "needs precision fp32 or tf32"),
         ({"train__activation_checkpointing": "all"}, "null or one of cheap, blocks"),
         ({"guidance": {"omega_prime": 2}}, "guidance needs classes"),
         ({"model__augment_labels": 6}, "data.flip; set model.augment_labels=0"),

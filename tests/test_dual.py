@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from running import ROOT
 from torch import nn
 
-from meanflow.dual import RULES, Dual, NoTangentRule, shapes, value_of
+from meanflow.dual import RULES, Dual, NoTangentRule, shapes, tangents_in, value_of
 from meanflow.dual.number import Rule, linear
 from meanflow.errors import UserError
 from meanflow.jvp import plain_operations, value_and_jvp
@@ -469,3 +469,25 @@ def test_the_guides_rule_works(monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", GUIDE, re.S):
         exec(code, scope)
     assert len(scope["expected"]) == N
+
+
+# --- tangents in another precision -------------------------------------------------------------------------------
+
+
+def test_tangents_in_bf16_leave_values_alone():
+    """Products in the tangent are rounded to bf16's 8 bits; the value and its gradient are the same to the bit."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(2), nn.Linear(36, 36), nn.Softmax(-1))
+    x, dx = torch.randn(4, 3, 6, 6), torch.randn(3, 3, 6, 6)
+
+    def attend(x):
+        y = net(x)
+        return F.scaled_dot_product_attention(y, y, y) @ torch.eye(36)
+
+    exact = attend(Dual(x, dx))
+    with tangents_in(torch.bfloat16):
+        rounded = attend(Dual(x, dx))
+    assert torch.equal(exact.value, rounded.value) and rounded.tangent.dtype == torch.float32
+    error = ((exact.tangent - rounded.tangent).norm() / exact.tangent.norm()).item()
+    assert 1e-4 < error < 2e-2
+    assert torch.equal(attend(Dual(x, dx)).tangent, exact.tangent)  # the precision is that of the block above alone

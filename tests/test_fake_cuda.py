@@ -24,7 +24,7 @@ from meanflow.training.step import accumulate, in_training_precision, make_loss
 from unet import UNet
 
 B, N = 4, 3  # rows, and those with a tangent
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 backbones = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
 precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 
@@ -161,3 +161,34 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path, guided):
         assert not log.due
     with pytest.raises((RuntimeError, NotImplementedError)):
         log.flush()  # reads the numbers
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@precisions
+@pytest.mark.parametrize("compile", [None, "default", "reduce-overhead"])
+def test_a_run_on_a_gpu_trains_as_on_a_cpu(train_run_on, precision, compile):
+    """A few steps: eager and compiled, with micro-batches, in each precision, against float32 on the CPU."""
+    expected, found = train_run_on("cpu", "fp32", None), train_run_on("cuda", precision, compile)
+    assert found == pytest.approx(expected, rel={"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}[precision])
+
+
+@pytest.fixture
+def train_run_on(tmp_path):
+    """`train_run_on(device, precision, compile)`: the squared errors of the first step's samples, without dropout."""
+
+    def run(device: str, precision: str, compile: str | None) -> list[float]:
+        ctx = DistributedContext(0, 1, torch.device(device))
+        config = tiny_config(train__precision=precision, train__compile=compile, train__microbatch=4, model__width=16)
+        network = build_network(config, ctx.device).train()
+        loss, gradients = make_loss(network, config, ctx.device), GradientSum(network, ctx, kept=True)
+        batches = [random_batch(config, 4, CPU) for _ in range(2)]
+        batches = [replace(b, x=b.x.to(ctx.device), eps=b.eps.to(ctx.device)) for b in batches]
+        sums = StepSums()
+        accumulate(loss, batches, 2, 8, gradients, sums)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in gradients.parameters])
+        return [float(sums.sums["error"]), float(norm)]
+
+    return run

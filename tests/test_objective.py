@@ -197,7 +197,7 @@ def test_bf16_autocast_is_near_float32_and_the_target_stays_float32():
     assert not torch.equal(rough[0], exact[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("times_on", ["cpu", "cuda"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @methods

@@ -11,9 +11,11 @@ from eval.checking import derivatives, machine, runs, scaling, speed
 from eval.checking.report import Report
 from meanflow.logs import duration
 from meanflow.training.config import RunConfig, load_config
+from meanflow.training.costs import forward_multiply_adds
 
 SECONDS = {"cuda": 270, "cpu": 150}
-BATCH = {"cuda": 128, "cpu": 2}
+IMAGES = 128  # a step while timing, at most
+CPU_STEP = 4e10  # multiplications and additions of a forward pass: a CPU's step then takes about a second
 
 
 def run_all(file: Path, overrides: tuple[str, ...], args: argparse.Namespace, device: torch.device, folder: Path):
@@ -25,7 +27,8 @@ def run_all(file: Path, overrides: tuple[str, ...], args: argparse.Namespace, de
     report.numbers |= {"machine": found, "recipe": file.stem, "set": list(overrides)}
     precisions = ("tf32", "bf16", "fp32") if cuda else ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
     modes = ("default", "reduce-overhead") if cuda else ("default",) if args.compile else ()
-    batch = args.batch or BATCH[device.type]
+    few = IMAGES if cuda else max(2, int(CPU_STEP / forward_multiply_adds(config)))
+    batch = args.batch or min(few, IMAGES, config.train.batch)
     setting = Setting(file, overrides, batch, "dual", precisions[0], None)
     steps: list[speed.Speed] = []
 

@@ -11,6 +11,6 @@ that have one and shows how to add another.
 """
 
 from meanflow.dual import arithmetic, layers, reductions, shapes  # noqa: F401  they register their rules
-from meanflow.dual.number import RULES, Dual, NoTangentRule, dual, matching_rows, rule, value_of
+from meanflow.dual.number import RULES, Dual, NoTangentRule, dual, matching_rows, rule, tangents_in, value_of
 
-__all__ = ["RULES", "Dual", "NoTangentRule", "dual", "matching_rows", "rule", "value_of"]
+__all__ = ["RULES", "Dual", "NoTangentRule", "dual", "matching_rows", "rule", "tangents_in", "value_of"]

@@ -15,6 +15,7 @@ from meanflow.dual.number import (
     broadcast_dual,
     dual,
     linear,
+    lowered,
     matching_rows,
     no_rule,
     rule,
@@ -34,7 +35,7 @@ def _weighted(operation: Callable) -> Callable:
         if input.ndim < 2 or (operation is not F.linear and input.ndim != weight.ndim):
             raise no_rule(f"{operation.__name__} of an input without a batch dimension")
         value = operation(input.value, weight, bias, *args, **kwargs)
-        return dual(value, lambda: operation(input.tangent, weight.detach(), None, *args, **kwargs))
+        return dual(value, lambda: operation(lowered(input.tangent), lowered(weight.detach()), None, *args, **kwargs))
 
     return apply
 
@@ -74,9 +75,9 @@ def _products(operation: Callable, operands: tuple, primals: Callable[[], list])
     """operation(*operands), linear in each operand: a sum with the tangent of one Dual in each term."""
 
     def tangent() -> Tensor:
-        rows = primals()
+        rows = [lowered(x) for x in primals()]
         with_tangent = [i for i, x in enumerate(operands) if isinstance(x, Dual)]
-        return reduce(add, (operation(*rows[:i], operands[i].tangent, *rows[i + 1 :]) for i in with_tangent))
+        return reduce(add, (operation(*rows[:i], lowered(operands[i].tangent), *rows[i + 1 :]) for i in with_tangent))
 
     return dual(operation(*map(value_of, operands)), tangent)
 
@@ -86,7 +87,7 @@ def matmul(x, y) -> Dual:
     if isinstance(x, Dual) and not isinstance(y, Dual) and y.ndim < 3:  # a matrix or vector of weights
         if x.ndim < 2:
             raise no_rule("matmul that sums over the batch dimension")
-        return dual(x.value @ y, lambda: x.tangent @ y.detach())
+        return dual(x.value @ y, lambda: lowered(x.tangent) @ lowered(y.detach()))
     like = broadcast_dual("matmul", x, y)
     if like.ndim < 3:
         raise no_rule("matmul that sums over the batch dimension")
@@ -175,15 +176,15 @@ def attention(
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         q, k, v = (matching_rows(x, like) for x in (query, key, value))
         p = _attention_matrix((q @ k.mT) * factor, matching_rows(attn_mask, like), is_causal)  # (n, …, T, T)
-        ds = [query.tangent @ k.mT] if isinstance(query, Dual) else []
-        ds += [q @ key.tangent.mT] if isinstance(key, Dual) else []
+        ds = [lowered(query.tangent) @ lowered(k).mT] if isinstance(query, Dual) else []
+        ds += [lowered(q) @ lowered(key.tangent).mT] if isinstance(key, Dual) else []
         parts = []
         if ds:
             ds = reduce(add, ds) * factor
             dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-            parts.append(dp.to(v.dtype) @ v)
+            parts.append(lowered(dp.to(v.dtype)) @ lowered(v))
         if isinstance(value, Dual):
-            parts.append(p.to(v.dtype) @ value.tangent)
+            parts.append(lowered(p.to(v.dtype)) @ lowered(value.tangent))
         return reduce(add, parts).to(v.dtype)
 
     return dual(out, tangent)

@@ -1,7 +1,8 @@
 """The dual number, the register of rules, and the parts that rules are built from."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +176,25 @@ def _matching(tangent: Tensor, value: Tensor) -> Tensor:
     """Without a graph, in the precision of `value`: autocast may compute one of the two in another."""
     tangent = tangent.detach() if tangent.requires_grad else tangent
     return tangent if tangent.dtype == value.dtype else tangent.to(value.dtype)
+
+
+_TANGENT_DTYPE: ContextVar[torch.dtype | None] = ContextVar("tangent_dtype", default=None)
+
+
+@contextmanager
+def tangents_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, products in tangents are computed in `dtype`, values as ever. None: both alike."""
+    token = _TANGENT_DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _TANGENT_DTYPE.reset(token)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """An operand of a product in a tangent, in the precision of `tangents_in`."""
+    dtype = _TANGENT_DTYPE.get()
+    return x if dtype is None else x.to(dtype)
 
 
 def value_of(x: Any) -> Any:

@@ -130,6 +130,7 @@ class TrainConfig:
     steps: int  # optimiser steps in all
     microbatch: int | Literal["auto"] | None = AUTO  # images at once on a device; auto: what fits; null: all of them
     precision: str = "fp32"  # tf32: matrix products on tensor cores; bf16: autocast of the blocks
+    tangent_precision: str | None = None  # of products in du/dt beside a more precise u: bf16; null: that of u
     jvp: str = "dual"  # how du/dt is computed: dual numbers; func: torch.func.jvp, any network, more memory
     activation_checkpointing: str | None = None  # computed again in the backward pass, not kept: cheap or blocks
     compile: str | None = AUTO  # mode of torch.compile for u and du/dt; auto: on GPUs, in long runs; null: eager
@@ -148,6 +149,10 @@ class TrainConfig:
             raise ValueError(f"spike_guard must be > 1 or null, got {self.spike_guard}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.tangent_precision not in (None, "bf16"):
+            raise ValueError(f"tangent_precision must be null or bf16, got {self.tangent_precision!r}")
+        if self.tangent_precision and (self.precision == "bf16" or self.jvp != "dual"):
+            raise ValueError("tangent_precision=bf16 needs precision fp32 or tf32, and jvp dual")
         if self.jvp not in METHODS:
             raise ValueError(f"jvp must be one of {', '.join(METHODS)}, got {self.jvp!r}")
         if self.activation_checkpointing not in (None, *CHECKPOINTING):

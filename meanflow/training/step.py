@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from meanflow.dual import tangents_in
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
 from meanflow.objectives import Loss
@@ -72,14 +73,21 @@ def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
     1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
     run_block = RUN_BLOCK[config.activation_checkpointing if config.compile_mode is None else None]
-    if config.precision != "bf16":  # a context that is entered but disabled would still be part of a compiled graph
-        return functools.partial(network, run_block=run_block)
+    if config.precision == "bf16":  # a context that is entered but disabled would still be part of a compiled graph
 
-    def in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return run_block(block, x, emb)
+        def run_in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                return run_block(block, x, emb)
 
-    return functools.partial(network, run_block=in_bf16)
+        return functools.partial(network, run_block=run_in_bf16)
+    if config.tangent_precision == "bf16":
+
+        def run_tangent_in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+            with tangents_in(torch.bfloat16):
+                return run_block(block, x, emb)
+
+        return functools.partial(network, run_block=run_tangent_in_bf16)
+    return functools.partial(network, run_block=run_block)
 
 
 def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
