@@ -114,6 +114,7 @@ def test_the_mode_of_the_recipe_is_torch_compiles(method, monkeypatch):
 # --- in training: automatic, in several processes, with memory that is used again ------------------------------------
 
 RUN = {"model__width": 4}
+ONE_SHAPE = {**RUN, "objective__times__ratio": 1.0}  # and so one graph
 
 
 def reusing(graph, inputs):
@@ -208,12 +209,12 @@ def trained_compiled(ctx, folder):
     """In each of two processes: the losses of a compiled run."""
     compile, run = torch.compile, RunFolder(folder)
     torch.compile = lambda function, mode, **how: compile(function, backend="aot_eager", **how)
-    train_run(tiny_config(**RUN, train__compile="default", train__microbatch=2), run, ctx)
+    train_run(tiny_config(**ONE_SHAPE, train__compile="default", train__microbatch=2), run, ctx)
     ctx.barrier()
     return losses(run)
 
 
 def test_compiled_steps_in_two_processes(tmp_path, train_tiny):
-    eager = losses(train_tiny("eager", **RUN))
+    eager = losses(train_tiny("eager", **ONE_SHAPE))
     for compiled in in_processes(2, trained_compiled, tmp_path / "compiled"):
         assert compiled == pytest.approx(eager, rel=1e-5) and len(eager) == 6

@@ -55,7 +55,8 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     resumed = resume(state, config, run, data, requested)
     initialised = None if resumed or config.init.from_ is None else initialise(state, config.init)
     loss, compiled = loss_of_run(config, state, ctx, stream.micro)
-    gradients = GradientSum(state.network, ctx, kept=compiled and stream.micro_steps > 1)
+    kept = compiled and stream.micro_steps > 1
+    gradients = GradientSum(state.network, ctx, kept)
     writer = tensorboard_writer(run.path, state.step) if ctx.is_main and config.logging.tensorboard else None
     if initialised is not None:
         log.info(initialised.summary())
