@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from method_helpers import UNET, assert_close, batch, loss_of, small, with_gradient
-from running import ROOT, tiny_config
+from running import ROOT, guided_latent_changes, tiny_config
 
 import unet.layers
 from meanflow.dual import Dual
@@ -14,13 +14,12 @@ from meanflow.errors import ConfigError, IncompleteError
 from meanflow.jvp import PARTS, _padded, _ValueAndTangent, dual_jvp, plain_operations, rounded_rows, value_and_jvp
 from meanflow.random import generator
 from meanflow.training import costs, microbatch
-from meanflow.training.batches import BatchStream, random_batch
+from meanflow.training.batches import random_batch
 from meanflow.training.compiling import mode_of_step
 from meanflow.training.config import RunConfig, load_config
 from meanflow.training.costs import LiveBytes, StepMemory, step_launches, step_memory
 from meanflow.training.loop import train
 from meanflow.training.microbatch import with_last_microbatch, with_microbatch
-from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import set_up
 from meanflow.training.state import build_network
@@ -188,6 +187,17 @@ def test_the_largest_micro_batch_that_fits(monkeypatch, alone, usable, expected)
     assert with_microbatch(tiny_config(train__microbatch=3), alone).train.microbatch == 3
 
 
+def test_a_network_that_cannot_be_counted_gets_the_whole_batch(monkeypatch, alone, logged):
+    monkeypatch.setattr(microbatch, "step_memory", lambda config: torch.zeros(1, device=META).item())
+    assert with_microbatch(tiny_config(train__microbatch="auto"), alone).train.microbatch == 8
+    assert "memory cannot be counted (" in logged.text and "all 8 images" in logged.text
+
+
+@pytest.mark.parametrize("changes", [{"train__jvp": "func"}, {"train__precision": "bf16"}, guided_latent_changes()])
+def test_every_kind_of_step_is_counted(changes):
+    assert step_memory(tiny_config(**changes)).peak > 1000
+
+
 def test_a_network_that_does_not_fit_is_refused(monkeypatch, alone):
     monkeypatch.setattr(microbatch, "usable_memory", lambda device: 1e4)
     with pytest.raises(ConfigError, match=r"one image.*activation_checkpointing=blocks"):
@@ -223,8 +233,5 @@ def test_out_of_memory_is_one_line_that_names_the_setting(tmp_path, alone, error
 
 
 def test_until_it_is_decided_auto_is_the_whole_batch():
-    config = tiny_config(train__microbatch="auto")
-    stream = BatchStream.__new__(BatchStream)
-    stream.local, stream.micro = 8, config.train.images_at_once(8)
-    assert stream.micro_steps == 1
-    assert DistributedContext(0, 2, CPU).world == 2
+    for setting, expected in (("auto", 8), (None, 8), (3, 3), (9, 8)):
+        assert tiny_config(train__microbatch=setting).train.images_at_once(8) == expected

@@ -51,7 +51,13 @@ def _fitting(config: RunConfig, local: int, ctx: DistributedContext) -> int:
         return local
     if ctx.device.type == "cpu":
         usable /= ctx.world  # that share it
-    memory, parts = step_memory(config), 1
+    try:
+        memory = step_memory(config)
+    except (RuntimeError, NotImplementedError) as error:  # your own network may read numbers, which meta tensors lack
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning(f"train.microbatch=auto: memory cannot be counted ({reason}): all {local} images are taken at once")
+        return local
+    parts = 1
     while parts < local and memory.of(-(-local // parts)) > usable:
         parts *= 2
     size = -(-local // parts)
