@@ -18,7 +18,9 @@ IMAGES = 128  # a step while timing, at most
 CPU_STEP = 4e10  # multiplications and additions of a forward pass: a CPU's step then takes about a second
 
 
-def run_all(file: Path, overrides: tuple[str, ...], args: argparse.Namespace, device: torch.device, folder: Path):
+def run_all(
+    file: Path, overrides: tuple[str, ...], args: argparse.Namespace, device: torch.device, folder: Path
+) -> tuple[Report, str]:
     """The report, and the lines of advice. Raises ConfigError for a recipe or setting that is wrong."""
     config = load_config(file, overrides)
     cuda = device.type == "cuda"
@@ -35,7 +37,9 @@ def run_all(file: Path, overrides: tuple[str, ...], args: argparse.Namespace, de
     report.part("machine", lambda: machine.lines(found))
     report.part("tests of the suite that need a GPU", lambda: machine.gpu_tests(device))
     title = f"derivatives of {file.stem} against torch.func in float32"
-    report.part(title, lambda: derivatives.agreement(setting, precisions, (None, *modes[:1]), device))
+    ways = [(precision, None) for precision in precisions]
+    ways += [(precisions[0], mode) for mode in modes[:1]]  # once: compiling takes a minute or more
+    report.part(title, lambda: derivatives.agreement(setting, ways, device))
     report.part("runs", lambda: runs.killed_and_resumed(folder, device))
     report.part("processes", lambda: runs.two_processes(folder, device))
     choices = speed.choices(config, precisions, modes)
@@ -53,10 +57,10 @@ def advice(config: RunConfig, steps: list[speed.Speed], devices: int) -> str:
     if not steps:
         return "no step could be timed: see above"
     best = steps[-1]
-    hours = config.train.steps * config.train.batch / best.images_per_s / devices
+    seconds = config.train.steps * config.train.batch / best.images_per_s / devices
     where = f"{devices} devices (if they scale evenly)" if devices > 1 else "it"
     settings = " ".join(f"{key}={value}" for key, value in best.settings.items())
     return (
         f"for this machine: --set {settings}\n"
-        f"{config.train.steps:,} steps of {config.train.batch:,} images take about {duration(hours)} on {where}"
+        f"{config.train.steps:,} steps of {config.train.batch:,} images take about {duration(seconds)} on {where}"
     )

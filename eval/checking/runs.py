@@ -1,7 +1,6 @@
 """Short real runs of the digits demo: killed and continued, and in two processes."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from meanflow.training.run_folder import find_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 SHORT = (f"train.steps={STEPS}", "train.deterministic=true", "checkpoint.every=8", "train.batch=16")
+SHORT += ("logging.flush_every=1",)  # so that the file says how far a run is
 SHORT += ("train.compile=null", "eval.samples=128", "eval.batch=128", "eval.every_samples=128", "eval.steps=[1]")
 SECONDS = 120  # for one of these runs, most of which is the start
 LOSS_TOLERANCE = 1e-4  # sums over processes are rounded in another order, and the steps let it grow
@@ -82,7 +82,9 @@ def _kill_after(process: subprocess.Popen, run: Path, step: int) -> None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    if process.poll() is not None:
+        raise RuntimeError("the run ended before it could be killed")
+    process.kill()
     process.wait()
 
 

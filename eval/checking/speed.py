@@ -14,7 +14,7 @@ from meanflow.training.config import CHECKPOINTING, RunConfig, TrainConfig
 from meanflow.training.costs import LiveBytes
 from meanflow.training.metrics import peak_memory_mb
 
-PRECISION, COMPILE = "train.precision", "train.compile"
+PRECISION, COMPILE, KEPT = "train.precision", "train.compile", "train.activation_checkpointing"
 ROUNDS = 3
 MATRIX_ROUNDS = 5
 SMALLEST_GAIN = 1.02  # a setting that is no faster than this over a simpler one is not recommended
@@ -44,6 +44,8 @@ def search(
     for name, values in choices.items():
         for value in values:
             settings = chosen | {name: value}
+            if name == COMPILE and value != "null":
+                settings[KEPT] = "null"  # compiled code decides by itself what to compute again
             if best is not None and settings == best.settings:
                 continue
             label = " ".join(f"{key.rpartition('.')[2]}={text}" for key, text in settings.items())
@@ -70,11 +72,10 @@ def search(
 
 def choices(config: RunConfig, precisions: tuple[str, ...], modes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """What is tried for a recipe, in the order of `search`."""
-    found = {PRECISION: precisions, COMPILE: ("null", *modes)}
-    found["train.activation_checkpointing"] = ("null", *CHECKPOINTING)
+    found = {PRECISION: precisions, KEPT: ("null", *CHECKPOINTING)}
     if hasattr(config.model, "resampling"):
         found["model.resampling"] = ("conv", "matmul")
-    return found
+    return found | {COMPILE: ("null", *modes)}  # last, since it takes longest
 
 
 def changed(setting: Setting, settings: dict[str, str]) -> Setting:
@@ -96,6 +97,7 @@ def _measure(setting: Setting, settings: dict[str, str], device: torch.device, r
     seconds = statistics.median(seconds_of(step, device) for _ in range(ROUNDS))
     memory = live.peak / 1e6 if device.type == "cpu" else peak_memory_mb(device)
     rate = step.flops() / seconds / rates[precision]
+    torch.compiler.reset()  # which would keep the step's memory
     return Speed(settings, setting.batch / seconds, memory, rate)
 
 
