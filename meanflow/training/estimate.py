@@ -23,7 +23,7 @@ from meanflow.training.state import build_network, count_parameters, fresh_state
 from meanflow.training.step import accumulate, configure_numerics, make_loss, update
 
 PROBE_SAMPLES = {"cuda": 128, "cpu": 8}  # enough for a rate
-CPU_PROBE = 2e11  # multiplications and additions: as many samples of those as take a CPU a few seconds
+CPU_PROBE = 1e11  # multiplications and additions: as many samples of those as take a CPU a few seconds
 CPU_PARAMETERS = 100e6  # of a network that a CPU makes and trains in seconds
 PASSES = 4  # of a step: forward, its derivative, backward, which takes two
 
