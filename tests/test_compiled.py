@@ -99,7 +99,7 @@ def test_a_varying_number_of_rows_needs_few_graphs(graphs, monkeypatch):
 def test_a_compiled_run_is_the_eager_one(graphs, train_tiny):
     config = {"model__width": 4, "model__dropout": 0.1, "train__steps": 3}
     runs = [train_tiny(str(mode), train__compile=mode, **config) for mode in (None, "default")]
-    assert comparable_metrics(runs[0].path) == comparable_metrics(runs[1].path)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
     assert len(graphs) == 1
 
 
