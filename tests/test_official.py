@@ -10,10 +10,10 @@ from fid_helpers import fid, grey_blobs
 
 from eval.convert import main as convert
 from meanflow.errors import AssetError, run_main
-from meanflow.training import official
 from meanflow.training.config import config_to_yaml, load_config
 from meanflow.training.model import generate, load
-from meanflow.training.official import EMAS, official_names, read_official
+from meanflow.training.official import cifar10 as official
+from meanflow.training.official.cifar10 import EMAS, official_names, read_official
 from unet import UNet
 
 LIST = Path(__file__).parent / "data" / "official_unet.txt"  # names and shapes of the release, buffers last

@@ -1,0 +1,19 @@
+"""Checkpoints of official releases in our form, one file for each release."""
+
+from pathlib import Path
+
+from meanflow.training.checkpoint import Checkpoint
+from meanflow.training.official import cifar10
+
+# Each gives the checkpoint at a path in our form, None if that is something else; raises AssetError if it is of its
+# release but does not fit.
+READERS = (cifar10.read_official,)
+
+
+def read_official(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path` in our form if it is one of an official release, None if it is something else.
+
+    `meta["origin"]` says what its settings are taken from. Raises AssetError if it is official but damaged, or does not
+    fit its network name by name and shape by shape.
+    """
+    return next((found for read in READERS if (found := read(path)) is not None), None)
