@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.run} exists already: name a new folder")
     checkpoint = read_official(args.file)
     if checkpoint is None:
+        if RunFolder(args.file).config_file.exists():
+            raise AssetError(f"{args.file} is a run of ours already")
         if args.file.is_dir():
-            raise AssetError(
-                f"{args.file}: is no checkpoint folder of the official JAX release (it has no manifest.ocdbt)"
-            )
+            raise AssetError(f"{args.file}: is no folder of the official JAX release (it has no manifest.ocdbt)")
         load_checkpoint(args.file)  # says so if it is missing, damaged or unknown
         raise AssetError(f"{args.file} is a checkpoint of ours already")
     run = RunFolder(args.run)
@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     with write_errors_named(args.run):
         saved = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
         run.config_file.write_text(config_to_yaml(config), encoding="utf-8")
-    print(f"{args.file} → {saved}, with {f'EMAs {averages}' if (averages := ', '.join(checkpoint.ema)) else 'no EMA'}")
+    averages = ", ".join(checkpoint.ema)
+    print(f"{args.file} → {saved}, with {f'EMAs {averages}' if averages else 'no EMA'}")
     origin = checkpoint.meta["origin"]
     if "args" in origin:
-        print(
-            f"read from its args: {', '.join(f'{key}={value}' for key, value in origin['args'].items()) or 'nothing'}"
-        )
+        read = ", ".join(f"{key}={value}" for key, value in origin["args"].items())
+        print(f"read from its args: {read or 'nothing'}")
         print(
             f"as in the recipe {origin['recipe']}: {', '.join(origin['assumed']) or 'nothing looked for'}, and the rest"
         )
