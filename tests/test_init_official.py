@@ -149,6 +149,7 @@ def test_the_name_says_which_release_it_is_and_a_setting_overrides_it(name, rele
             {"blocks.1.attn.qkv.bias": None, "t_embedder.mlp.2.bias": None},
             "2 tensors missing: blocks.1.attn.qkv.bias, t_",
         ),
+        ({"x_embedder.proj.weight": None}, "1 tensor missing: x_embedder.proj.weight"),
         ({"projectors.0.weight": torch.zeros(2)}, "1 tensor unknown: projectors.0.weight"),
         ({"blocks.0.mlp.fc1.bias": torch.zeros(3)}, "1 tensor of another shape: blocks.0.mlp.fc1.bias"),
         ({"final_layer.linear.bias": torch.zeros(12)}, "1 tensor of another shape: final_layer.linear.bias"),
@@ -165,7 +166,7 @@ def test_everything_or_nothing(changes, line, tmp_path):
 @pytest.mark.parametrize(
     ("there", "here", "line"),
     [
-        ({"width": 64, "depth": 3}, {}, "(width 32, depth 2): set model.width=64 model.depth=3"),
+        ({"width": 64, "depth": 3}, {}, "(depth 2, width 32): set model.depth=3 model.width=64"),
         ({"classes": 7}, {}, "set model.classes=7"),
         ({"image_size": 16}, {}, "set model.image_size=16"),
         ({"patch": 4}, {}, "set model.patch=4"),

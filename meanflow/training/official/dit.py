@@ -33,7 +33,7 @@ from meanflow.training.config import WEIGHTS, InitConfig
 from meanflow.training.official.names import dit_name, listed
 
 Release = Literal["sit", "dit"]
-MARKS = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight")  # in every one of them
+MARKS = ("t_embedder.mlp.0.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight")
 WHAT = ("missing", "unknown", "of another shape")
 POSITIONS = "pos_embed"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of both releases: no tensor has the number in its shape
@@ -85,7 +85,7 @@ def release_of(path: Path) -> Release:
 
 
 def _is_network(content: Any) -> bool:
-    return isinstance(content, dict) and all(isinstance(content.get(name), Tensor) for name in MARKS)
+    return isinstance(content, dict) and any(isinstance(content.get(name), Tensor) for name in MARKS)
 
 
 def _chosen(copies: dict[str, Any], config: InitConfig, path: Path) -> str:
@@ -101,16 +101,15 @@ def _chosen(copies: dict[str, Any], config: InitConfig, path: Path) -> str:
 def _refuse_other_sizes(held: dict[str, Tensor], network: DiT, path: Path) -> None:
     """Raises ConfigError, naming the settings, if the checkpoint's shapes are those of another configuration."""
     model = network.config
-    patches = held["x_embedder.proj.weight"].shape
-    if len(patches) != 4:
-        raise AssetError(f"{path}: x_embedder.proj.weight is {tuple(patches)}, not (width, channels, patch, patch)")
     blocks = {name.split(".")[1] for name in held if name.startswith("blocks.")}
-    there = {"width": patches[0], "channels": patches[1], "patch": patches[2], "depth": len(blocks)}
-    there["heads"] = HEADS.get(patches[0], model.heads)
+    there, patch = {"depth": len(blocks)}, model.patch
+    if (patches := held.get("x_embedder.proj.weight")) is not None and patches.ndim == 4:
+        width, channels, patch, _ = patches.shape
+        there |= {"width": width, "channels": channels, "patch": patch, "heads": HEADS.get(width, model.heads)}
     if (labels := held.get("y_embedder.embedding_table.weight")) is not None:
         there["classes"] = labels.shape[0] - 1
     if (positions := held.get(POSITIONS)) is not None and positions.ndim == 3:
-        there["image_size"] = math.isqrt(positions.shape[1]) * patches[2]
+        there["image_size"] = math.isqrt(positions.shape[1]) * patch
     wrong = {name: value for name, value in there.items() if getattr(model, name) != value}
     if wrong:
         here = ", ".join(f"{name} {getattr(model, name)}" for name in wrong)

@@ -52,7 +52,7 @@ def stored_arrays(path: Path) -> Arrays | None:
             return None if folder is None else _orbax_arrays(folder)
         with path.open("rb") as file:
             start = file.read(8)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a name with a NUL
         return None
     except OSError as error:
         raise AssetError(f"{path}: cannot be read ({error.strerror or error})") from error
