@@ -278,6 +278,13 @@ class RunConfig:
             )
         if self.guidance is not None and not self.model.classes:
             raise ValueError("guidance needs classes: set model.classes to their number, or guidance=null")
+        inputs = getattr(self.model, "guidance_inputs", ())
+        self.objective.check_network(inputs, getattr(self.model, "branches", ("u",)), self.model.classes)
+        if self.objective.omega_range is not None and self.guidance is not None:
+            raise ValueError(
+                "guidance is a fixed scale in the target, but this objective trains with the scale as an input of the "
+                "network: set guidance=null"
+            )
         teacher = self.objective.teacher_decay
         if teacher is not None and (teacher not in self.ema.decays or self.ema.store != "device"):
             raise ValueError(

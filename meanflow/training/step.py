@@ -49,6 +49,7 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
     elif mode is not None:
         u = torch.compile(u, dynamic=False, mode=mode)
     teacher = None if config.objective.teacher_decay is None else averaged(network, ema, config)
+    constant = {"frozen": frozen(u, network)} if config.objective.needs_frozen else {}
 
     def loss(batch: MicroBatch) -> Loss:
         if mode is not None:  # CUDA graphs: what the call before returned may be overwritten
@@ -59,9 +60,8 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
             null_class = torch.full_like(cond["class_labels"], config.model.classes)
             unconditional = batch.unconditional.to(device, non_blocking=True)
             cond = {**cond, "class_labels": torch.where(unconditional, null_class, cond["class_labels"])}
-        return config.objective.loss(
-            u, batch.x, batch.eps, batch.r, batch.t, v=v, jvp=jvp, progress=batch.progress, teacher=teacher, **cond
-        )
+        how = {"v": v, "jvp": jvp, "progress": batch.progress, "teacher": teacher, **constant}
+        return config.objective.loss(u, batch.x, batch.eps, batch.r, batch.t, **how, **cond)
 
     return loss
 
@@ -100,6 +100,17 @@ def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
             return torch.func.functional_call(network, weights, (z, r, t), cond)
 
     return teacher
+
+
+def frozen(u: Network, network: nn.Module) -> Network:
+    """u as it is now, in evaluation mode and without gradient. `network`: whose mode that is."""
+
+    @torch.no_grad()
+    def constant(z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | str | None) -> Tensor:
+        with evaluating(network):
+            return u(z, r, t, **cond)
+
+    return constant
 
 
 def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig) -> Tensor:
