@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dit import DiTConfig
+from dit import DiTConfig, IMFConfig
 from meanflow.data import DataConfig, LatentsConfig
 from meanflow.errors import ConfigError
 from meanflow.guidance import GuidanceConfig
@@ -247,7 +247,7 @@ class RunConfig:
     """One complete run. Raises ValueError, naming the fields, where its parts contradict each other."""
 
     description: str  # a line for lists and reports
-    model: UNetConfig | DiTConfig
+    model: UNetConfig | DiTConfig | IMFConfig
     data: DataConfig | LatentsConfig
     objective: Objective
     optim: OptimConfig
@@ -312,7 +312,7 @@ class RunConfig:
 
     @property
     def augment_labels(self) -> int:
-        """Width of the network's augmentation-label input; a DiT has none."""
+        """Width of the network's augmentation-label input; the others have none."""
         return self.model.augment_labels if isinstance(self.model, UNetConfig) else 0
 
 
