@@ -107,3 +107,40 @@ def plain_dit(w, config, z, r, t, class_labels=None):
         x = x + gate_m * linear(h, f"{name}.fc2")
     x = linear(modulated(x, *linear(c, "final.modulation").split(d, 2)), "final.linear")
     return x.reshape(b, side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)
+
+
+def plain_official_dit(w, heads, z, time, labels):
+    """The official DiT and SiT by their own names: all output channels (a learnt variance after those of z), no r.
+
+    `time` as it is embedded: DiT's step, SiT's time in [0, 1], where 1 is data.
+    """
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    frequencies = torch.tensor([math.exp(-math.log(10000) * k / 128) for k in range(128)], dtype=z.dtype)
+    angle = time[:, None] * frequencies[None]
+    c = linear(torch.cat([torch.cos(angle), torch.sin(angle)], -1), "t_embedder.mlp.0")
+    c = linear(F.silu(c), "t_embedder.mlp.2") + F.embedding(labels, w["y_embedder.embedding_table.weight"])
+    kernel = w["x_embedder.proj.weight"]
+    p, d = kernel.shape[-1], kernel.shape[0]
+    x = F.conv2d(z, kernel, w["x_embedder.proj.bias"], stride=p)  # (B, D, side, side)
+    side = x.shape[-1]
+    place = torch.arange(side, dtype=z.dtype)[:, None] / 10000 ** (torch.arange(d // 4, dtype=z.dtype) / (d / 4))
+    axis = torch.cat([place.sin(), place.cos()], 1).T  # (D/2, side)
+    columns, rows = axis[:, None, :].expand(-1, side, -1), axis[:, :, None].expand(-1, -1, side)
+    x = (x + torch.cat([columns, rows])[None]).flatten(2).mT  # (B, N, D)
+    for k in range(sum(name.endswith("attn.qkv.weight") for name in w)):
+        m = linear(F.silu(c), f"blocks.{k}.adaLN_modulation.1").unflatten(1, (6, 1, d)).unbind(1)  # six (B, 1, D)
+        q, k_, v = linear(norm(x) * (1 + m[1]) + m[0], f"blocks.{k}.attn.qkv").unflatten(2, (3, heads, -1)).unbind(2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k_) * (d // heads) ** -0.5
+        attended = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
+        x = x + m[2] * linear(attended, f"blocks.{k}.attn.proj")
+        h = linear(norm(x) * (1 + m[4]) + m[3], f"blocks.{k}.mlp.fc1")
+        x = x + m[5] * linear(F.gelu(h, approximate="tanh"), f"blocks.{k}.mlp.fc2")
+    shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").unflatten(1, (2, 1, d)).unbind(1)
+    x = linear(norm(x) * (1 + scale) + shift, "final_layer.linear")
+    return torch.einsum("nhwpqc->nchpwq", x.reshape(len(z), side, side, p, p, -1)).reshape(len(z), -1, *z.shape[2:])

@@ -97,11 +97,12 @@ def device_of(device: str | torch.device | None) -> torch.device:
 
 
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint file `what` (ours or an official one), or the newest intact one of the run folder `what`.
+    """The checkpoint `what` (a file of ours, an official file or folder), or the newest intact one of the run `what`.
 
     Raises AssetError if there is none or it is damaged.
     """
-    official = None if what.is_dir() else read_official(what)
+    run = RunFolder(what)
+    official = None if run.config_file.exists() or run.checkpoints.exists() else read_official(what)
     if official is not None:
         return what, official
     path, checkpoint, complaints = find_checkpoint(what)
