@@ -9,6 +9,16 @@ from torch import nn
 from dit import DiT, DiTConfig
 from meanflow.training.batches import MicroBatch
 
+GUIDED = {  # the tiny run with guidance as an input, for `tiny_config`
+    "model": {
+        **{"kind": "imf", "image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 2, "heads": 2},
+        **{"head_depth": 1, "classes": 10, "v_head": True},
+    },
+    "objective": {"kind": "imeanflow", "times": {"ratio": 0.5}},
+    "train__batch": 12,
+    "train__microbatch": 5,
+}
+
 
 class TwoHeads(nn.Module):
     """Two DiTs, for u and v, which share the sum of linear embeddings of ω, t_min and t_max."""

@@ -1,5 +1,6 @@
 """The iMF objective against closed forms, against MeanFlow and against its specification, the paper's algorithm."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from gaussian import Gaussian
 from guided_helpers import guided_batch, two_heads
 from method_helpers import DIT, assert_close, backbones, batch, loss_of, precisions, selected, small, with_gradient
 
+from meanflow.dual import value_of
 from meanflow.jvp import METHODS, take_jvp, value_and_jvp
 from meanflow.objectives.base import interpolate, squared_norm
 from meanflow.objectives.imeanflow import BOUNDARY, IMeanFlow
@@ -90,7 +92,7 @@ class TwoClasses:
 
     NULL = 2
 
-    def __init__(self, steps: int = 16):
+    def __init__(self, steps: int = 32):
         self.steps = steps
 
     def of_class(self, z, t, labels):
@@ -153,7 +155,7 @@ def test_guided_gaussian_classes_are_a_fixed_point(velocity):
     z, seen = interpolate(x, eps, t), torch.where(cond["unconditional"], TwoClasses.NULL, labels)
     v = truth.of_class(z, t, seen)[0]
     loss = objective.loss(truth, x, eps, r, t, v=v, jvp=take_jvp("func"), class_labels=labels, **cond)
-    assert loss.per_sample.max() < 1e-9
+    assert loss.per_sample.max() < 1e-8
     assert (r < t).sum() >= 25 and (~inside).sum() > 5 and inside[r < t].sum() > 5 and cond["unconditional"].sum() > 5
     wrong = objective.loss(truth, x, eps, r, t, v=v, class_labels=1 - labels, jvp=take_jvp("func"), **cond)
     assert wrong.per_sample.median() > 1e-2
@@ -218,7 +220,7 @@ def test_the_tangent_stays_out_of_the_v_head():
     net, b = two_heads(), guided_batch(IMeanFlow())
     seen = []
     net.v.register_forward_hook(lambda module, args, out: seen.append(type(out)))
-    loss_of(net, b, IMeanFlow())
+    loss_of(functools.partial(net, primal=value_of), b, IMeanFlow())
     assert seen == [torch.Tensor, torch.Tensor]  # without gradient, and beside u
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow.dual import value_of
 from meanflow.guidance import GuidanceConfig, drop_labels
 from meanflow.jvp import Network, value_and_jvp
 from meanflow.objectives.base import (
@@ -71,7 +70,7 @@ class IMeanFlow(Objective):
         v = eps - x if v is None else v
         frozen = without_gradient(u) if frozen is None else frozen
         v_hat, v_g, cond = self._velocities(frozen, z, v, r, t, **cond)  # (B, …) each, without graph
-        head = {"head": "both", "primal": value_of} if self.velocity == V_HEAD else {}  # du/dt is needed of u alone
+        head = {"head": "both"} if self.velocity == V_HEAD else {}
         out, dudt = jvp(u, (z, r, t), (v_hat, 0.0, 1.0), rows=r != t, **head, **cond)  # dudt is 0 where r = t
         u_out, v_out = out if head else (out, None)
 
