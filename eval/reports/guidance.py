@@ -51,9 +51,8 @@ class Curve:
 
 def draw(curve: Curve, samples: dict[float, Tensor], columns: int, out: Path) -> None:
     """Write the PNG. samples: {ω: uint8 (N, C, H, W)}, shown in grids of `columns`. Raises AssetError from the disk."""
-    heights = [2.3, 1.15]
-    figure = plt.figure(figsize=(7.2, 5.4), dpi=160, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    figure = plt.figure(figsize=(7.2, 5.3), dpi=160, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[3.5, 1.8])
     axis = top.subplots()
     axis.set_xscale("log")
     axis.set_xticks(curve.omegas, [f"{omega:g}" for omega in curve.omegas])

@@ -15,8 +15,8 @@ from meanflow.training.model import load, to_uint8
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 
-SHOWN, PER_SCALE = 3, 30  # scales of which samples are shown, and how many of each
-COLUMNS = 10
+SHOWN, PER_SCALE = 3, 40  # scales of which samples are shown, and how many of each
+COLUMNS = 8
 
 
 @dataclass(frozen=True)
