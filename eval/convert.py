@@ -33,10 +33,10 @@ def to_ours(source: Path, target: Path) -> int:
 
     checkpoint = read_official(source)
     if checkpoint is None:
+        if RunFolder(source).config_file.exists():
+            raise AssetError(f"{source} is a run of ours already")
         if source.is_dir():
-            raise AssetError(
-                f"{source}: is no checkpoint folder of the official JAX release (it has no manifest.ocdbt)"
-            )
+            raise AssetError(f"{source}: is no folder of the official JAX release (it has no manifest.ocdbt)")
         load_checkpoint(source)  # says so if it is missing, damaged or unknown
         raise AssetError(f"{source} is a checkpoint of ours already")
     run = RunFolder(target)
@@ -44,12 +44,12 @@ def to_ours(source: Path, target: Path) -> int:
     with write_errors_named(target):
         saved = save_checkpoint(run.checkpoints, checkpoint.meta["step"], checkpoint)
         run.config_file.write_text(config_to_yaml(config), encoding="utf-8")
-    print(f"{source} → {saved}, with {f'EMAs {averages}' if (averages := ', '.join(checkpoint.ema)) else 'no EMA'}")
+    averages = ", ".join(checkpoint.ema)
+    print(f"{source} → {saved}, with {f'EMAs {averages}' if averages else 'no EMA'}")
     origin = checkpoint.meta["origin"]
     if "args" in origin:
-        print(
-            f"read from its args: {', '.join(f'{key}={value}' for key, value in origin['args'].items()) or 'nothing'}"
-        )
+        read = ", ".join(f"{key}={value}" for key, value in origin["args"].items())
+        print(f"read from its args: {read or 'nothing'}")
         print(
             f"as in the recipe {origin['recipe']}: {', '.join(origin['assumed']) or 'nothing looked for'}, and the rest"
         )

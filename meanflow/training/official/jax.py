@@ -69,7 +69,7 @@ def copies_of(arrays: Arrays) -> dict[str, Arrays]:
             for prefix in (WEIGHTS, ROOT):
                 rest = rest[1:] if rest[:1] == (prefix,) else rest
             copies.setdefault(kind, {})[rest] = array
-    return copies
+    return {kind: copies[kind] for kind in (WEIGHTS, AVERAGE) if kind in copies}
 
 
 def recipe_of(copies: dict[str, Arrays], path: Path) -> tuple[str, RunConfig]:
