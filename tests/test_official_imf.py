@@ -224,7 +224,6 @@ def train_tiny(tmp_path):
     return run.path
 
 
-@pytest.mark.skipif(not (ROOT / "recipes" / "imf_b2.yaml").exists(), reason="recipes are not there")
 def test_the_recipes_have_the_releases_sizes():
     sizes = {}
     for name in official.SIZES:
