@@ -116,9 +116,7 @@ class InitConfig:
 
     from_: str | None = None  # a run folder, a checkpoint, or an official DiT or SiT checkpoint; null: random weights
     ema: float | Literal["weights"] | None = None  # which of its averages, or weights; null: its own ema.eval
-    teacher: Literal["sit", "dit"] | None = (
-        None  # whose an official one is, SiT's or DiT's; null: as its name says, or SiT
-    )
+    teacher: Literal["sit", "dit"] | None = None  # whose an official one is; null: as its name says, or SiT's
 
     def __post_init__(self):
         if self.from_ is None and self.ema is not None:
