@@ -209,6 +209,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
     from eval.scoring.score import ScoreDuring, closing_table, score_run
+    from eval.scoring.sweep import Choice, sweep
     from meanflow.logs import log
     from meanflow.training.loop import train
     from meanflow.training.microbatch import with_last_microbatch, with_microbatch
@@ -243,6 +244,8 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             if ctx.is_main and not isinstance(error, IncompleteError):
                 plot([run], run.curves)
             raise
+        if config.eval.guidance:
+            sweep(run, config, ctx, Choice(config.eval.guidance))
         if ctx.is_main:
             plot([run], run.curves)
             log.info(closing_table(config, run, results))

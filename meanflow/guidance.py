@@ -1,5 +1,9 @@
-"""Classifier-free guidance inside the target (Section 4.2 and appendix B.1; Eqs. 19–21): sampling stays one pass."""
+"""Classifier-free guidance inside the target (Section 4.2 and appendix B.1; Eqs. 19–21): sampling stays one pass.
 
+The scale is fixed in training (`GuidanceConfig`), or an input of the network that sampling chooses (`GuidanceInput`).
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +43,34 @@ class GuidanceConfig:
     def omega(self) -> float:
         """ω = (1 − κ) ω′, the weight of the conditional velocity ε − x (Eq. 21)."""
         return (1 - self.kappa) * self.omega_prime
+
+
+@dataclass(frozen=True)
+class GuidanceInput:
+    """What a network that takes guidance as an input is given: the scale ω where t_min ≤ t ≤ t_max, 1 (none) elsewhere.
+
+    Raises ValueError, naming the field, for a scale below 1, which no such network is trained with: 1 − 1/ω, which it
+    sees, would leave [0, 1). And for an interval that is none.
+    """
+
+    omega: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if not 1 <= self.omega < math.inf:
+            raise ValueError(f"guidance must be a number ≥ 1 (1 is none), got {self.omega:g}")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval must be two times t_min ≤ t_max in [0, 1], got {low:g}, {high:g}")
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"ω {self.omega:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
+
+    def inputs(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """The network's keywords for n samples, each (n,)."""
+        values = {"omega": self.omega, "t_min": self.interval[0], "t_max": self.interval[1]}
+        return {name: torch.full((n,), float(value), device=device) for name, value in values.items()}
 
 
 def drop_labels(r: Tensor, t: Tensor, config: GuidanceConfig, generator: Generator) -> Tensor:

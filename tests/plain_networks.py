@@ -1,16 +1,14 @@
-"""A second implementation of both backbones: plain functions of their parameters by name."""
+"""A second implementation of each backbone: plain functions of their parameters by name."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-from unet import UNetConfig
-
 
 def plain_network(config):
     """network(parameters by name, config, z, r, t, **cond)."""
-    return plain_unet if isinstance(config, UNetConfig) else plain_dit
+    return {"unet": plain_unet, "dit": plain_dit, "imf": plain_imf}[config.kind]
 
 
 def plain_unet(w, config, z, r, t, class_labels=None, augment_labels=None):
@@ -144,3 +142,57 @@ def plain_official_dit(w, heads, z, time, labels):
     shift, scale = linear(F.silu(c), "final_layer.adaLN_modulation.1").unflatten(1, (2, 1, d)).unbind(1)
     x = linear(norm(x) * (1 + scale) + shift, "final_layer.linear")
     return torch.einsum("nhwpqc->nchpwq", x.reshape(len(z), side, side, p, p, -1)).reshape(len(z), -1, *z.shape[2:])
+
+
+def plain_imf(w, config, z, r, t, class_labels=None, omega=None, t_min=None, t_max=None, head="u"):
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"]
+
+    def embedded(scalar, name):
+        frequencies = (10000 ** (-torch.arange(128, dtype=torch.float64) / 128)).float().to(z)
+        angle = scalar[:, None] * frequencies
+        h = linear(torch.cat([angle.cos(), angle.sin()], 1), f"{name}.mlp.0")
+        return linear(h * torch.sigmoid(h), f"{name}.mlp.2")[:, None]
+
+    def rotated(x):  # (B, N, D/heads): pairs as complex numbers
+        frequencies = 10000 ** (-torch.arange(0, x.shape[2], 2, dtype=torch.float64) / x.shape[2])
+        angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequencies
+        turn = torch.complex(angles.cos().float().to(z), angles.sin().float().to(z))
+        return torch.view_as_real(torch.complex(x[..., 0::2], x[..., 1::2]) * turn).reshape(x.shape)
+
+    def block(x, name):
+        h, outputs = norm(x, f"{name}.norm1"), []
+        q, k, v = (linear(h, f"{name}.attn.{which}_proj").chunk(config.heads, -1) for which in "qkv")
+        for qi, ki, vi in zip(q, k, v, strict=True):
+            qi, ki = rotated(norm(qi, f"{name}.attn.q_norm")), rotated(norm(ki, f"{name}.attn.k_norm"))
+            outputs.append(torch.softmax(qi @ ki.mT / qi.shape[-1] ** 0.5, -1) @ vi)
+        x = x + w[f"{name}.attn_scale"] * linear(torch.cat(outputs, -1), f"{name}.attn.out_proj")
+        h = norm(x, f"{name}.norm2")
+        gate = linear(h, f"{name}.mlp.w1")
+        h = gate * torch.sigmoid(gate) * linear(h, f"{name}.mlp.w3")
+        return x + w[f"{name}.mlp_scale"] * linear(h, f"{name}.mlp.w2")
+
+    b, d, p, side = len(z), config.width, config.patch, config.image_size // config.patch
+    class_labels = torch.full((b,), config.classes) if class_labels is None else class_labels
+    omega, t_min, t_max = (
+        torch.full_like(t, default) if x is None else x for x, default in ((omega, 1), (t_min, 0), (t_max, 1))
+    )
+    patches = z.reshape(b, -1, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(b, side**2, -1)
+    tokens = [
+        w["class_tokens"] + w["y_embedder.embedding_table.weight"][class_labels][:, None],
+        w["omega_tokens"] + embedded(1 - 1 / omega, "omega_embedder"),
+        w["t_min_tokens"] + embedded(t_min, "cfg_t_start_embedder"),
+        w["t_max_tokens"] + embedded(t_max, "cfg_t_end_embedder"),
+        w["time_tokens"] + embedded(t - r, "h_embedder"),
+        patches @ w["x_embedder.proj.weight"].reshape(d, -1).T + w["x_embedder.proj.bias"],
+    ]
+    x = torch.cat(tokens, 1)
+    for k in range(config.depth - config.head_depth):
+        x = block(x, f"shared_blocks.{k}")
+    for k in range(config.head_depth):
+        x = block(x, f"{head}_heads.{k}")
+    x = linear(norm(x[:, 20:], f"{head}_final_layer.norm"), f"{head}_final_layer.linear")
+    return x.reshape(b, side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.official import cifar10, jax
+from meanflow.training.official import cifar10, imf, jax
+from meanflow.training.official.imf import write_official
+
+__all__ = ["read_official", "write_official"]
 
 # Each gives the checkpoint at a path in our form, None if that is something else; raises AssetError if it is of its
 # release but does not fit.
-READERS = (cifar10.read_official, jax.read_official)
+READERS = (cifar10.read_official, jax.read_official, imf.read_official)
 
 
 def read_official(path: Path) -> Checkpoint | None:
