@@ -240,12 +240,12 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             write_grid(run, config, ctx.device)
         try:
             results = score_run(run, config, ctx)
+            if config.eval.guidance:
+                sweep(run, config, ctx, Choice(config.eval.guidance))
         except UserError as error:  # curves even if scoring fails, but Ctrl-C does not wait for them
             if ctx.is_main and not isinstance(error, IncompleteError):
                 plot([run], run.curves)
             raise
-        if config.eval.guidance:
-            sweep(run, config, ctx, Choice(config.eval.guidance))
         if ctx.is_main:
             plot([run], run.curves)
             log.info(closing_table(config, run, results))

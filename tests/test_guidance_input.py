@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from eval import classifier, fid, sample, sweep
 from eval.reports.read import read_run
 from meanflow.errors import ConfigError, UserError, run_main
 from meanflow.guidance import GuidanceInput
-from meanflow.training.batches import BatchStream
+from meanflow.training.batches import BatchStream, random_batch
 from meanflow.training.model import load, noise
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import open_data
+from meanflow.training.state import build_network
+from meanflow.training.step import make_loss
 
 CPU = torch.device("cpu")
 ALONE = DistributedContext(0, 1, CPU)
@@ -122,6 +125,15 @@ def test_reduced_forms_train_on_other_networks(train_tiny):
         assert "error_v_head" not in json.loads(run.metrics_file.read_text().splitlines()[-1])
     with pytest.raises(ConfigError, match=r"sample.guidance.*need an objective that trains with guidance as an input"):
         tiny_config(model=model, objective=objective, sample__guidance=2.0)
+
+
+def test_the_passes_without_gradient_are_without_dropout():
+    model = {**tiny_tree_model(), "dropout": 0.3}
+    config = tiny_config(model=model, objective={"kind": "imeanflow", "velocity": "boundary", "omega_max": 1.0})
+    network, modes = build_network(config, CPU).train(), []
+    network.register_forward_hook(lambda module, args, out: modes.append((module.training, torch.is_grad_enabled())))
+    make_loss(network, replace(config, train=replace(config.train, jvp="func")), CPU)(random_batch(config, 4, CPU))
+    assert modes == [(False, False), (True, True), (True, True)] and network.training  # v̂; rows with r < t, and others
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,20 @@ import pytest
 import torch
 from gaussian import Gaussian
 from guided_helpers import guided_batch, two_heads
-from method_helpers import DIT, assert_close, backbones, batch, loss_of, precisions, selected, small, with_gradient
+from method_helpers import (
+    DIT,
+    assert_close,
+    backbones,
+    batch,
+    loss_of,
+    perturbed,
+    precisions,
+    selected,
+    small,
+    with_gradient,
+)
 
+from dit import IMF, IMFConfig
 from meanflow.dual import value_of
 from meanflow.jvp import METHODS, take_jvp, value_and_jvp
 from meanflow.objectives.base import interpolate, squared_norm
@@ -33,6 +45,19 @@ def test_equals_the_plain_algorithm(name, dtype, tolerance, method):
     b = guided_batch(objective, dtype)
     expected = with_gradient(net, loss_of(net, b, objective, plain=True))
     assert_close(with_gradient(net, loss_of(net, b, objective, jvp=take_jvp(method))), expected, tolerance)
+
+
+@methods
+@precisions
+def test_the_network_of_the_paper_does_too(dtype, tolerance, method):
+    """As training calls it: the branch for v takes no tangents."""
+    torch.manual_seed(0)
+    config = IMFConfig("imf", 8, 3, 2, width=32, depth=3, heads=4, head_depth=2, classes=10)
+    net, objective = perturbed(IMF(config).to(dtype)), IMeanFlow(label_drop=0.3)
+    b = guided_batch(objective, dtype)
+    u = functools.partial(net, primal=value_of)
+    expected = with_gradient(net, loss_of(net, b, objective, plain=True))
+    assert_close(with_gradient(net, loss_of(u, b, objective, jvp=take_jvp(method))), expected, tolerance)
 
 
 @methods
@@ -196,6 +221,13 @@ def test_scales_and_intervals(beta, median):
     assert low.mean().item() == pytest.approx(0.25, abs=0.01) and high.mean().item() == pytest.approx(0.75, abs=0.01)
     assert drawn["unconditional"].float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert r_eq_t[drawn["unconditional"]].all() and (drawn["null_labels"] == 10).all()
+
+
+def test_guidance_without_what_is_drawn_for_it_is_refused():
+    b = batch(DIT)
+    with pytest.raises(ValueError, match=r"needs omega, .*: pass what sample_cond draws, or set omega_max=1"):
+        loss_of(two_heads(), b, IMeanFlow())
+    assert loss_of(two_heads(), b, IMeanFlow(omega_max=1.0)).isfinite().all()
 
 
 def test_nothing_is_drawn_without_guidance():

@@ -84,10 +84,10 @@ def classifier_accuracy(
         raise UserError(f"{model.path}: {reason}")
     classifier, real = _fitted_to(config.data, config.model.image_size, config.model.channels)
     labels = draw_labels(Sampling(n, seed, "random", config.sample.uint8), config.model.classes)
-    right = 0
+    right, how = 0, {} if guidance is None else {"guidance": guidance}
     for start in range(0, n, BATCH):
         asked = labels[start : start + BATCH]
-        images = generate(model, start, start + len(asked), steps, seed, asked, guidance=guidance)
+        images = generate(model, start, start + len(asked), steps, seed, asked, **how)
         images = to_uint8(images, config.sample.uint8).cpu()
         right += int((classifier.predict(_features(images)) == asked.numpy()).sum())
     return ClassifierAccuracy(right / n, real, n, steps, model.ema, seed)

@@ -152,6 +152,8 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
     purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip"))]
     if config.guidance is not None:
         purposes.append("label drop")
+    if config.objective.omega_range is not None:
+        purposes.append("conditioning")
     failure = {
         "step": failed.step,
         "what": failed.what,
