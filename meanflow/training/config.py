@@ -34,6 +34,7 @@ CHANGEABLE = (
     "model.resampling",
     "data.root",
     "data.path",  # the images' checksum is compared instead
+    "data.cache",
     "data.images",
     "data.latents",
     "data.decode_precision",
