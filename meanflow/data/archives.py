@@ -72,11 +72,11 @@ def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
                 relative = "" if location.is_absolute() else f" in {Path.cwd()}"
                 raise AssetError(f"{where}: no such file or folder{relative}")
             if location.is_dir():
-                source = folder_source(where, location)
-                if parquet.is_table_folder(source):
-                    source = parquet.open_tables(source)
+                source = _folder(where, location)
+                if tables := parquet.tables_in(source):
+                    source = parquet.open_tables(where, tables)
             elif parquet.is_table(location):
-                source = parquet.open_tables(Source(where, {(location.name,): location}))
+                source = parquet.open_tables(where, {(location.name,): location})
             elif _is_zip(location):
                 source = _zip(where, stack.enter_context(zipfile.ZipFile(location)))
             else:
@@ -103,7 +103,7 @@ def _is_zip(location: Path) -> bool:
         return file.read(4) in (b"PK\3\4", b"PK\5\6")
 
 
-def folder_source(where: str, root: Path) -> Source:
+def _folder(where: str, root: Path) -> Source:
     source, seen = Source(where), set()
 
     def give_up(error: OSError):

@@ -11,8 +11,11 @@ values are. Rows are read in batches, as they are asked for.
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +34,28 @@ def is_table(location: Path) -> bool:
         return file.read(4) == b"PAR1"
 
 
-def is_table_folder(source: Source) -> bool:
-    """Whether a folder has parquet files and no image files."""
-    suffixes = {Path(parts[-1]).suffix.lower() for parts in source.files}
-    return SUFFIX in suffixes and not suffixes & set(SUFFIXES)
+def tables_in(folder: Source) -> dict[Parts, Path]:
+    """The parquet files of a folder, if it has no image files."""
+    if any(parts[-1].lower().endswith(SUFFIXES) for parts in folder.files):
+        return {}
+    return {parts: path for parts, path in folder.files.items() if parts[-1].lower().endswith(SUFFIX)}
 
 
-def open_tables(folder: Source) -> Source:
-    """The rows of a folder's parquet files as a source of image files. Its `files` are in the tables' order.
+def open_tables(where: str, files: dict[Parts, Path]) -> Source:
+    """The rows of parquet files as a source of image files. Its `files` are in the tables' order.
 
     Raises ConfigError without the package pyarrow, and AssetError, naming the file, for one that is damaged, has no
     column of images, or unpacks to a hundred times its size.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"{folder.where} is parquet, which needs the package pyarrow: pip install pyarrow")
-    paths = {parts: path for parts, path in folder.files.items() if parts[-1].lower().endswith(SUFFIX)}
-    tables = {parts: Table(folder.name(parts), path) for parts, path in paths.items()}
+        raise ConfigError(f"{where} is parquet, which needs the package pyarrow: pip install pyarrow")
+    tables = {parts: Table(f"{where}: {'/'.join(parts)}", path) for parts, path in files.items()}
     rows = {(*parts, f"row {k}"): (table, k) for parts, table in tables.items() for k in range(table.count)}
     return Source(
-        folder.where,
+        where,
         rows,
         open=lambda handle: BytesIO(handle[0].read(handle[1])),
-        layout=lambda split: _layout(folder.where, tables, rows, split),
+        layout=lambda split: _layout(where, tables, rows, split),
     )
 
 
@@ -109,45 +112,43 @@ class Table:
     """One parquet file: `count` rows, of which `read` gives the image files; fastest in their order."""
 
     def __init__(self, name: str, path: Path):
-        from pyarrow.parquet import ParquetFile  # optional, and 170 MB
-
-        self.name = name
-        try:
-            self.file = ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-        except (ValueError, OSError) as error:
-            with path.open("rb") as file:
-                pointer = file.read(23) == b"version https://git-lfs"
-            what = "is the pointer of a Git LFS file: git lfs pull" if pointer else "is damaged: download it again"
-            raise AssetError(f"{name} {what}") from error
-        self.count = self.file.metadata.num_rows
-        features = _features(self.file.schema_arrow)
-        self.image = _image_column(name, self.file.schema_arrow, features)
-        self.label, self.classes = _label_column(self.file.schema_arrow, features)
-        groups = [self.file.metadata.row_group(k) for k in range(self.file.num_row_groups)]
-        self.starts = [sum(group.num_rows for group in groups[:k]) for k in range(len(groups))]
+        self.name, self.path, self.file = name, path, None
+        with path.open("rb") as start:
+            if start.read(23) == b"version https://git-lfs":
+                raise AssetError(f"{name} is the pointer of a Git LFS file: git lfs pull")
+        with self._open() as file:
+            schema, groups = file.schema_arrow, [file.metadata.row_group(k) for k in range(file.num_row_groups)]
+        features = _features(schema)
+        self.image = _image_column(name, schema, features)
+        self.label, self.classes = _label_column(schema, features)
+        *self.starts, self.count = accumulate((group.num_rows for group in groups), initial=0)
         packed, unpacked = path.stat().st_size, sum(group.total_byte_size for group in groups)
         if unpacked > max(2**20, MAX_RATIO * packed):
             raise AssetError(f"{name} unpacks to more than {MAX_RATIO} times its size: pack only images")
-        self._begin(0)
+        self._end()
 
     def labels(self) -> list[Any]:
         """The label of each row; None where there is none."""
         if self.label is None:
             return [None] * self.count
-        return self.file.read(columns=[self.label]).column(0).to_pylist()
+        with _damage_named(self.name), self._open() as file:
+            return file.read(columns=[self.label]).column(0).to_pylist()
 
     def read(self, row: int) -> bytes:
         """Raises AssetError for a row that holds no file."""
-        group = max(k for k, start in enumerate(self.starts) if start <= row)
-        if row < self.start or self.starts[group] > self.start + len(self.batch):
+        group = bisect_right(self.starts, row) - 1
+        if self.file is None or row < self.start or self.starts[group] > self.start + len(self.batch):
             self._begin(group)
         while row >= self.start + len(self.batch):
             self.start += len(self.batch)
-            batch = next(self.batches, None)
+            with _damage_named(self.name):
+                batch = next(self.batches, None)
             if batch is None:
                 raise AssetError(f"{self.name} is cut short: download it again")
             self.batch = batch.column(0)
         data = self.batch[row - self.start].as_py()
+        if row == self.count - 1:
+            self._end()
         data = data["bytes"] if isinstance(data, dict) else data
         if data is None:
             raise AssetError(f"{self.name}/row {row} has no bytes of an image, at most the path of a file elsewhere")
@@ -157,9 +158,34 @@ class Table:
 
     def _begin(self, group: int) -> None:
         """Read on from the first row of a row group."""
-        groups = list(range(group, self.file.num_row_groups))
-        self.batches = self.file.iter_batches(BATCH, row_groups=groups, columns=[self.image])
-        self.start, self.batch = self.starts[group] if groups else 0, []
+        self._end()
+        self.file, self.start = self._open(), self.starts[group]
+        groups = range(group, len(self.starts))
+        self.batches = self.file.iter_batches(BATCH, row_groups=list(groups), columns=[self.image])
+
+    def _end(self) -> None:
+        """Close the file: there may be more of them than a process may have open."""
+        if self.file is not None:
+            self.file.close()
+        self.file, self.batches, self.start, self.batch = None, iter(()), 0, []
+
+    def _open(self) -> Any:
+        from pyarrow.parquet import ParquetFile  # optional, and 170 MB
+
+        with _damage_named(self.name):
+            return ParquetFile(self.path, pre_buffer=False, buffer_size=2**20)
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """Turn what pyarrow raises for damaged files into an AssetError."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AssetError(f"{name} is damaged ({reason}): copy or download it again") from error
 
 
 def _features(schema: Any) -> dict[str, Any]:
