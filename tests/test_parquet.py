@@ -51,7 +51,7 @@ def test_a_data_set_of_the_hub(tmp_path):
         name = f"plain_text/train-{part:05d}-of-00002.parquet"
         write(tmp_path / name, keys, [k % 2 for k in keys], "img", metadata=metadata, group=70)
     write(tmp_path / "plain_text" / "test-00000-of-00001.parquet", [7, 5], [1, 0], "img", metadata=metadata)
-    for name in ("README.md", ".gitattributes", ".git/x.parquet"):
+    for name in ("README.md", "banner.png", ".gitattributes", ".git/x.parquet"):
         written(tmp_path / name, b"text")
     train, test = load(tmp_path), load(tmp_path, split="test")
     assert torch.equal(train.images, images(range(200))) and train.class_names == ("zebra", "ant")
@@ -177,3 +177,10 @@ def test_without_pyarrow_it_is_one_line(tmp_path, monkeypatch):
             open_source(str(path)),
         ):
             pass
+
+
+def test_images_with_a_table_beside_them_are_images(tmp_path):
+    for name in ("a/1.png", "a/2.png"):
+        written(tmp_path / name, png())
+    written(tmp_path / "metadata.parquet", b"PAR1")
+    assert len(load(tmp_path)) == 2

@@ -58,7 +58,7 @@ class Source:
 def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
     """Open a folder, .zip, .tar, .tar.gz, .tar.xz, .tar.bz2 or parquet; recognised by content, not by suffix.
 
-    A folder with parquet files and no image files is what the parquet files hold.
+    A folder with more parquet than image files is what the parquet files hold.
 
     `~` is expanded. setting: where the user named the path, for messages; may be empty. Raises AssetError for a path
     that is missing, unreadable, not an archive, damaged, or that has unsafe members.

@@ -35,10 +35,10 @@ def is_table(location: Path) -> bool:
 
 
 def tables_in(folder: Source) -> dict[Parts, Path]:
-    """The parquet files of a folder, if it has no image files."""
-    if any(parts[-1].lower().endswith(SUFFIXES) for parts in folder.files):
-        return {}
-    return {parts: path for parts, path in folder.files.items() if parts[-1].lower().endswith(SUFFIX)}
+    """The parquet files of a folder, if it does not hold more images: a README may have some, as tables may go with."""
+    images = sum(parts[-1].lower().endswith(SUFFIXES) for parts in folder.files)
+    tables = {parts: path for parts, path in folder.files.items() if parts[-1].lower().endswith(SUFFIX)}
+    return {} if images > len(tables) else tables
 
 
 def open_tables(where: str, files: dict[Parts, Path]) -> Source:
