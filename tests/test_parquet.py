@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_helpers import encoded, load, pixels, png, written
+from image_helpers import encoded, folder_of, load, pixels, png, written
+from latent_helpers import from_folder, make
 
 from eval.check_data import main as check_data
 from eval.scoring.sources import read_images
-from meanflow.data import parquet
+from meanflow.data import open_latents, parquet
 from meanflow.data.archives import open_source
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
 
@@ -118,6 +119,22 @@ def test_it_goes_wherever_images_go(tmp_path, capfd):
     assert len(load(path.parent, cache=str(tmp_path / "kept"), resize="crop", size=4)) == 1
     assert read_images(path.parent).n == 1
     assert run_main(check_data, [str(path.parent)]) == 0 and "1 images in 2 classes" in capfd.readouterr().out
+
+
+@needs_pyarrow
+def test_latents_of_its_rows_are_those_of_the_files(tmp_path):
+    keys = range(20)
+    write(tmp_path / "rows" / "train.parquet", keys, [k % 2 for k in keys], metadata=features(label=CLASS))
+    folder_of({f"{NAMES[k % 2]}/{k:02d}.png": png(k) for k in keys}, tmp_path / "files")
+    found = {}
+    for name in ("rows", "files"):
+        config = from_folder(tmp_path / name, tmp_path / f"{name} latents", image_size=8)
+        for rank in (1, 0):  # of two processes, which read every other shard
+            make(config, rank, 2)
+        latents = open_latents(Path(config.latents), config)
+        values, _ = latents.read(torch.arange(20), torch.zeros(20, dtype=torch.bool))
+        found[name] = {latents.class_names[k]: values[latents.labels == k] for k in (0, 1)}
+    assert list(found["rows"]) == NAMES and all(torch.equal(found["rows"][n], found["files"][n]) for n in NAMES)
 
 
 def rewritten(path: Path, **columns) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def open_cache(folder: Path, path: str, split: str, size: int, channels: int, re
         return None
     real = location.resolve()
     key = sha256_json([FORMAT, PIL.__version__, str(real), split, size, channels, resize])
-    return Cache(folder / f"{real.name}-{size}x{size}x{channels}-{key[:12]}.images", mark)
+    name = re.sub(r"[^\w.-]", "_", real.name, flags=re.ASCII)[:64]
+    return Cache(folder / f"{name}-{size}x{size}x{channels}-{key[:12]}.images", mark)
 
 
 def fingerprint(location: Path) -> str | None:

@@ -38,7 +38,7 @@ class DataConfig:
     source: str = "cifar10"  # cifar10, or digits: scikit-learn's 8×8 handwritten digits
     root: str = "data"  # folder where downloads live
     path: str | None = None  # your own images instead of `source`: a folder, zip, tar or parquet files (docs/data.md)
-    resize: str | None = None  # images of other sizes and modes: crop and convert them, as ADM; null: they are errors
+    resize: str | None = None  # images of `path` of other sizes and modes: crop and convert; null: these are errors
     cache: str | None = AUTO  # folder for the decoded images of `path`; auto: cache/ in `root`, if it saves a second
     split: str = "train"  # which part of the images, train or test
     augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
@@ -55,8 +55,6 @@ class DataConfig:
             raise ValueError("path must name a folder, zip or tar of images, or parquet, or be null")
         if self.resize not in (None, *RESIZES):
             raise ValueError(f"resize must be null or {' or '.join(RESIZES)}, not {self.resize!r}")
-        if self.resize is not None and self.path is None:
-            raise ValueError("resize must be null without path: the images of a source have one size")
         if self.cache is not None and not self.cache:
             raise ValueError("cache must name a folder, or be auto or null")
         if self.split not in SPLITS:
