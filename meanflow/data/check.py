@@ -71,7 +71,7 @@ def check_images(
 ) -> Report:
     """Read every image of a split and group the faults.
 
-    path: a folder, zip, tar or parquet file, see `meanflow.data.layout`. size: pixels a side that the images should have;
+    path: a folder, zip or tar, or parquet, see `meanflow.data.layout`. size: pixels a side that the images should have;
     None: the most common size of those that are square. channels: 1 or 3; None: 3 unless most are grey. resize: as
     `data.resize`; with "crop" an image may have any size and mode.
 
