@@ -38,7 +38,7 @@ class DataConfig:
     source: str = "cifar10"  # cifar10, or digits: scikit-learn's 8×8 handwritten digits
     root: str = "data"  # folder where downloads live
     path: str | None = None  # your own images instead of `source`: a folder, zip, tar or parquet files (docs/data.md)
-    resize: str | None = None  # crop: take images of `path` of any size and mode, as ADM does; null: only those that fit
+    resize: str | None = None  # crop: take images of `path` of any size and mode, as ADM; null: only those that fit
     cache: str | None = AUTO  # folder for the decoded images of `path`; auto: cache/ in `root`, if it saves a second
     split: str = "train"  # which part of the images, train or test
     augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
