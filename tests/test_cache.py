@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from image_helpers import PACKERS, encoded, folder_of, load, pixels, png, written
-from running import until
+from running import tiny_config, until
 
 from meanflow.data import DataConfig, cache, dataset, load_dataset
 from meanflow.data.dataset import cache_of
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, ConfigError
+from meanflow.training.estimate import data_line
 from meanflow.training.setup import describe
 
 FILES = {f"{name}/{k}.png": png(k + 10 * len(name)) for name in ("ant", "bumblebee") for k in range(4)}
@@ -242,3 +243,14 @@ def test_the_error_of_an_unfit_image_travels_between_processes(tmp_path):
     with pytest.raises(AssetError) as caught:
         load(path)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_dry_run_opens_only_the_header(tmp_path):
+    path, folder = PACKERS["tar.gz"](FILES, tmp_path), str(tmp_path / "kept")
+    config = tiny_config(data__path=str(path), data__cache=folder, model__channels=3, model__classes=2)
+    assert data_line(config) == f"8 images of 2 classes in {path}"
+    load(path, cache=folder)
+    (file,) = files(tmp_path)
+    assert data_line(config) == f"8 images of 2 classes in {path}, decoded in {file}"
+    with pytest.raises(ConfigError, match=r"model\.classes is 3, but the data have 2"):
+        data_line(tiny_config(data__path=str(path), data__cache=folder, model__channels=3, model__classes=3))
