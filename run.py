@@ -208,7 +208,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.reports.curves import plot
     from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
-    from eval.scoring.score import ScoreDuring, closing_table, score_run
+    from eval.scoring.score import ScoreDuring, closing_table, score_run, shown_at_the_end
     from eval.scoring.sweep import Choice, sweep
     from meanflow.logs import log
     from meanflow.training.loop import train
@@ -217,15 +217,16 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from meanflow.training.run_folder import RunFolder
     from meanflow.training.setup import set_up
 
-    run, locks = RunFolder(out), []
+    run, opened = RunFolder(out), []
     try:
-        run_on_rank0(ctx, lambda: locks.append(run.lock()))
+        run_on_rank0(ctx, lambda: opened.append(run.lock()))
         if "train.microbatch" not in requested:
             config = with_last_microbatch(config, run_on_rank0(ctx, run.config))
         config = with_microbatch(config, ctx)
         changed = run_on_rank0(ctx, lambda: run.check(config, requested))
         run_on_rank0(ctx, lambda: warn(config, ctx))
         training = set_up(config, run, ctx, requested)
+        opened.insert(0, training.metrics)
         if ctx.is_main:  # only now: a start that is refused changes nothing
             run.write_config(config)
             run.note_start(
@@ -248,11 +249,12 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             raise
         if ctx.is_main:
             plot([run], run.curves)
+            training.metrics.show(training.state.step, shown_at_the_end(run, results))
             log.info(closing_table(config, run, results))
         return 0
     finally:
-        for lock in locks:
-            lock.close()
+        for one in opened:
+            one.close()
 
 
 def warn(config, ctx) -> None:

@@ -1,6 +1,6 @@
 """`bash run.sh check_data PATH`: all faults of a folder, zip or tar of images, and how to repair them.
 
-Exit code 0 if the images can be trained on, 3 if not.
+Exit code 0 if the images can be trained on as they are, 3 if not.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from meanflow.data.check import check_images
 
-    report = check_images(args.path, args.split, args.size, args.channels)
+    report = check_images(args.path, args.split, args.size, args.channels, args.resize)
     code = EXIT_ASSET if report.groups else 0
     if args.list:
         names = [name for group in report.groups if group.kind == args.list for name in group.faults]
@@ -37,17 +37,18 @@ def main(argv: list[str] | None = None) -> int:
         repairs.append(group.repair)
     for note in report.notes:
         print(f"\nnote: {printable(note)}")
-    once = " once that is repaired" if report.groups else ""
+    once = " once that is repaired" if report.must_be_repaired else ""
     print(f"\nto train on them{once}: --set data.path={shlex.quote(args.path)} {report.settings}")
     return code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("check_data", __doc__.partition(": ")[2])
-    parser.add_argument("path", help="folder, zip or tar of images, in class folders or none")
+    parser.add_argument("path", help="folder, zip or tar of images, in class folders or none; or parquet files")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="where it has both (train)")
     parser.add_argument("--size", type=count, help="pixels a side to check for (the most common one)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="1 is grey, 3 is RGB (3 unless most are grey)")
+    parser.add_argument("--resize", choices=("crop",), help="as data.resize: other sizes and modes are no faults then")
     parser.add_argument("--list", choices=KINDS, help="print nothing but the names of one group, one a line")
     return parser.parse_args(argv)
 

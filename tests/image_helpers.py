@@ -69,5 +69,5 @@ PACKERS = {  # archives are recognised by content: the suffix says nothing
 }
 
 
-def load(path: Path | str, size: int = 8, channels: int = 3, split: str = "train") -> Dataset:
-    return load_dataset(DataConfig(path=str(path), split=split), size, channels, progress=False)
+def load(path: Path | str, size: int = 8, channels: int = 3, **settings) -> Dataset:
+    return load_dataset(DataConfig(path=str(path), **settings), size, channels, progress=False)

@@ -6,7 +6,6 @@ import shlex
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from PIL import Image
 from eval.check_data import main as check_data
 from meanflow.data import DataConfig, load_dataset
 from meanflow.data.check import check_images
-from meanflow.data.images import centre_crop
+from meanflow.data.images import centre_crop, crop_file
 from meanflow.errors import AssetError, ConfigError, UserError, run_main
 
 GOOD = png()
@@ -174,7 +173,7 @@ GREY16 = encoded(np.full((8, 8), 3000, dtype=np.uint16))
         (GOOD[:12] + png_header(40_000, 40_000) + GOOD[33:], 3, ["bomb"]),
         (GOOD[:12] + png_header(10_000, 10_000) + GOOD[33:], 3, ["bomb"]),
         *(
-            (encoded(pixels(0), kind, mode), 3, [f"has mode {mode}, not RGB", "convert('RGB')"])
+            (encoded(pixels(0), kind, mode), 3, [f"has mode {mode}, not RGB: ", "--set data.resize=crop"])
             for kind, mode in [
                 *(("PNG", mode) for mode in ("L", "RGBA", "LA", "P", "1")),
                 *(("JPEG", "CMYK"), ("GIF", "P")),
@@ -183,8 +182,8 @@ GREY16 = encoded(np.full((8, 8), 3000, dtype=np.uint16))
         (GREY16, 3, ["has mode I;16, not RGB"]),
         (GREY16, 1, ["has mode I;16, not L"]),
         (png_16_bit_colour(), 3, ["has 16 bits a channel"]),
-        (GOOD, 1, ["has mode RGB, not L", "convert('L')", "--set model.channels=3, or"]),
-        *((sized(w, h), 3, [f"is {w}x{h}, not 8x8", "Image.open"]) for w, h in ((9, 8), (8, 9), (1, 1))),
+        (GOOD, 1, ["has mode RGB, not L", "--set model.channels=3, or --set data.resize=crop"]),
+        *((sized(w, h), 3, [f"is {w}x{h}, not 8x8: --set data.resize=crop"]) for w, h in ((9, 8), (8, 9), (1, 1))),
         (sized(64, 64), 3, ["is 64x64, not 8x8", "--set model.image_size=64 model.attention=[16], or"]),
     ],
 )
@@ -384,27 +383,28 @@ def test_all_faults_at_once(tmp_path, capfd, kind):
     assert "    dog/broken0.jpg is not an image or is broken (no known image format)\n" in out
     assert "dog/broken4.jpg" not in out and "… and 3 more (--list unreadable)" in out
     assert "other files, which are ignored: .md: 1, .txt: 1" in out
-    settings = "model.image_size=8 model.attention=[2] model.channels=3 model.classes=2"
+    assert out.count("train with --set data.resize=crop") == 1 and out.count("\n  as above\n") == 2
+    settings = "model.image_size=8 model.attention=[2] model.channels=3 model.classes=2 data.resize=crop"
     assert out.endswith(f"to train on them once that is repaired: --set data.path={path} {settings}\n")
     for kind, (_, names) in FAULTS.items():
         assert checked(capfd, path, "--list", kind)[1].splitlines() == names
 
 
 def test_the_printed_commands_repair_the_folder(tmp_path, capfd):
-    """Run as they are printed, but for `bash run.sh`, which is this process."""
+    """Run as they are printed, but for `bash run.sh`, which is this process. The rest is what data.resize is for."""
     path = folder_of(FAULTY, tmp_path / "my pets")
     for group in check_images(str(path)).groups:
-        if group.repair.startswith("in a copy"):
-            command, names = group.repair.partition(": ")[2].replace("python", sys.executable), ""
-        else:
+        if not group.repair.startswith("train with"):
             asked, _, command = group.repair.rpartition("away: ")[2].partition(" | ")
             names = checked(capfd, *shlex.split(asked)[3:])[1]
-        subprocess.run(command, shell=True, cwd=path, input=names, text=True, check=True, timeout=60)
+            subprocess.run(command, shell=True, cwd=path, input=names, text=True, check=True, timeout=60)
     code, out, _ = checked(capfd, path)
+    assert code == 3 and "\nto train on them: --set" in out
+    code, out, _ = checked(capfd, path, "--resize", "crop")
     assert code == 0 and out.count("\n\n") == 2  # the note and the settings
     assert sum(file.is_file() for file in (tmp_path / "removed").rglob("*")) == 8  # 6 unreadable, 1 loose, a README
     files = sorted(file for file in path.rglob("*.*") if file.suffix != ".md")
-    rows = {file.stem: image for file, image in zip(files, load(path).images, strict=True)}
+    rows = {file.stem: image for file, image in zip(files, load(path, resize="crop").images, strict=True)}
     assert (rows["deep"] == 3000 // 256).all() and (rows["both"] == 9).all() and (rows["wide"] == 0).all()
     assert torch.equal(rows["3"], torch.from_numpy(pixels(3)).permute(2, 0, 1))  # what was right is left alone
 
@@ -415,7 +415,7 @@ def test_the_printed_commands_repair_the_folder(tmp_path, capfd):
         (named("cat/1.png", "dog/1.png", "dog/2.png"), [], 0, ["3 images in 2 classes", "to train on them: --set"]),
         (named("1.png", "2.png"), [], 0, ["in 0 classes", "model.classes=0"]),
         (named("cat/1.png"), ["--size", 16], 3, ["1 image not 16x16", "model.image_size=16"]),
-        (named("cat/1.png"), ["--channels", 1], 3, ["1 image not grey", "convert('L')", "model.channels=1"]),
+        (named("cat/1.png"), ["--channels", 1], 3, ["not grey", "channels=1 model.classes=1 data.resize=crop"]),
         ({f"a/{k}.png": png(mode="L", size=32) for k in range(2)}, [], 0, ["model.image_size=32 model.channels=1"]),
         ({"a/1.png": sized(30, 20), "a/2.png": sized(20, 30)}, [], 3, ["2 images not 64x64"]),
         ({"a/1.png": sized(50, 50)}, [], 0, ["note: the recipes' U-nets need a size that 4 divides", "--size 48"]),
@@ -492,3 +492,64 @@ def test_the_crop_against_a_plain_computation(height, width):
     assert np.abs(found - plain_crop(pixels, 16)).max() <= 1  # Pillow computes with fixed point
     if height == width == 16:
         assert (found == pixels).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_hundred_images_of_mixed_sizes_and_modes(tmp_path, channels):
+    """`data.resize=crop`: each is converted, then cropped; the first ten have the size already."""
+    numbers, modes = np.random.default_rng(1), ("RGB", "L", "RGBA", "CMYK", "P", "LA", "1")
+    for k in range(100):
+        height, width = (16, 16) if k < 10 else numbers.integers(9, 90, 2)
+        array = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        kind, mode = ("JPEG", "RGB") if k % 3 else ("TIFF", modes[k // 3 % len(modes)])
+        written(tmp_path / f"{k % 2}" / f"{k:03d}.{kind.lower()}", encoded(array, kind, mode))
+    data = load(tmp_path, size=16, channels=channels, resize="crop")
+    assert data.images.shape == (100, channels, 16, 16) and data.images.is_contiguous()
+    for path, found in zip(sorted(tmp_path.rglob("*.*")), data.images, strict=True):
+        with Image.open(path) as image:
+            whole = image.convert("L" if channels == 1 else "RGB").convert("RGB")
+        found = found.permute(1, 2, 0).numpy()
+        assert (found == np.array(centre_crop(whole, 16))[:, :, :channels]).all(), path
+        difference = np.abs(found - plain_crop(np.array(whole), 16)[:, :, :channels])
+        assert difference.mean() < (1.5 if whole.size != (16, 16) else 1e-9), path
+
+
+def test_what_becomes_of_other_modes(tmp_path):
+    """Of 16 bits the upper 8, of colours the luma, of transparent pixels the colour; rows stay as they are stored."""
+    colour = np.full((8, 8, 3), (200, 100, 0), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    striped = np.repeat(np.arange(0, 64, 8, dtype=np.uint8)[:, None], 8, 1)
+    files = {
+        "0.png": GREY16,
+        "1.png": png_16_bit_colour(),
+        "2.png": encoded(colour),
+        "3.png": encoded(np.dstack([colour, np.zeros((8, 8), np.uint8)])),
+        "4.png": encoded(striped, exif=turned),
+    }
+    path = folder_of(files, tmp_path)
+    grey = load(path, channels=1, resize="crop").images[:, 0]
+    assert torch.equal(grey[4], torch.from_numpy(striped))
+    assert [int(image[0, 0]) for image in grey[:4]] == [3000 // 256, 1, 118, 118]  # 0.299 · 200 + 0.587 · 100
+    rgb = load(path, resize="crop").images
+    assert [image[:, 0, 0].tolist() for image in rgb[:4]] == [[11] * 3, [1] * 3, [200, 100, 0], [200, 100, 0]]
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (sized(3000, 1), "odd.png is 3000x1, too narrow a strip to be cropped to 600x600"),
+        (encoded(np.ones((8, 8), dtype=np.float32), "TIFF"), "odd.png has mode F, which cannot be converted"),
+        (GOOD[:60], "odd.png is broken"),
+    ],
+)
+def test_images_that_cannot_be_cropped(tmp_path, capfd, data, text):
+    path = folder_of({"cat/odd.png": data}, tmp_path)
+    refused(path, text, size=600, resize="crop")
+    code, out, _ = checked(capfd, path, "--size", 600, "--resize", "crop")
+    assert code == 3 and text.partition(" ")[2] in out and "once that is repaired" in out
+
+
+def test_latents_are_cropped_by_the_same_function(tmp_path):
+    path = written(tmp_path / "1.png", sized(30, 50))
+    assert torch.equal(crop_file("", path, 16), load(tmp_path, size=16, resize="crop").images[0])

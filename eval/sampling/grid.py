@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from meanflow.errors import AssetError
+from meanflow.errors import AssetError, write_errors_named
 from meanflow.training.config import RunConfig
 from meanflow.training.model import Model, load, to_uint8
 from meanflow.training.run_folder import RunFolder
@@ -123,9 +123,14 @@ def write(
 
 
 def write_grid(run: RunFolder, config: RunConfig, device: torch.device) -> None:
-    """The grid that the recipe asks for, as RUN/samples.png."""
-    model = load(run.path, device=device)
-    columns = columns_of(config.sample.count, config.sample.columns)
-    labels = class_labels(model, config.sample.count, None, columns)
-    images = model.sample(config.sample.count, config.sample.steps, config.sample.seed, labels)
-    write(to_uint8(images, config.sample.uint8), run.path / "samples.png", columns, captions(model, labels, columns))
+    """The grid that the recipe asks for, as RUN/samples.png. Raises AssetError if the disk refuses."""
+    with write_errors_named(run.path / "samples.png"):
+        recipe_grid(load(run.path, device=device), config).save(run.path / "samples.png")
+
+
+def recipe_grid(model: Model, config: RunConfig) -> Image.Image:
+    """The grid of samples that a recipe asks for."""
+    count, columns = config.sample.count, columns_of(config.sample.count, config.sample.columns)
+    labels = class_labels(model, count, None, columns)
+    images = model.sample(count, config.sample.steps, config.sample.seed, labels)
+    return grid(to_uint8(images, config.sample.uint8), columns, captions(model, labels, columns))

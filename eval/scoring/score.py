@@ -9,8 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from eval.sampling.grid import recipe_grid
 from eval.scoring.evaluate import Cost, evaluate
 from eval.scoring.extractors import INCEPTION_FLOPS, Extractor, Options, affordable, create, dims_of, prefetch
 from eval.scoring.metrics import MetricOptions, frechet
@@ -27,14 +30,16 @@ from meanflow.precision import exact_float32
 from meanflow.random import generator
 from meanflow.training.checkpoint import Checkpoint, checkpoint_path
 from meanflow.training.config import RunConfig
-from meanflow.training.model import codec_of, device_of, open_checkpoint
+from meanflow.training.model import codec_of, device_of, model_of, open_checkpoint
 from meanflow.training.processes import DistributedContext, run_on_rank0
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.state import TrainState
+from meanflow.training.trackers import Evaluation
 
 METRICS = ("fid",)
 SEED = 0
 BEST = "best.pt"
+SAMPLES = "samples"  # the name of grids where curves are shown
 SIZES = {("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000, ("digits", "train"): 1_797}  # images
 REAL_VS_REAL_UP_TO = 1024  # numbers in an image; the distance between halves of large images costs as much as a score
 
@@ -123,13 +128,15 @@ class ScoreDuring:
     def __init__(self):
         self._reference: Reference | None = None
 
-    def __call__(self, run: RunFolder, config: RunConfig, state: TrainState, ctx: DistributedContext) -> None:
+    def __call__(
+        self, run: RunFolder, config: RunConfig, state: TrainState, ctx: DistributedContext
+    ) -> Evaluation | None:
         with _undisturbed(ctx.device):
             try:
                 extractor = _extractor(config, ctx)
             except AssetError as error:
                 log.warning(f"step {state.step:,} is not scored: {error}")
-                return
+                return None
             self._reference = self._reference or recipe_reference(config)
             path = checkpoint_path(run.checkpoints, state.step)
             meta = read_json(path.with_suffix(".json"))
@@ -139,9 +146,29 @@ class ScoreDuring:
             targets = targets_of(path, checkpoint, meta["sha256"], "all", steps, sampling, ctx.device)
             request = _request(run, config, extractor, self._reference)
             results = evaluate(request, targets, ctx, progress=False)
-        if results is not None:
+            if results is None:
+                return None
             log.info(table(results))
             keep_best(path, results, extractor.label("fid"), repr(config.ema.eval), config.eval.steps[0])
+            if not config.logging.tracked:
+                return None
+            samples = recipe_grid(model_of(path, checkpoint, repr(config.ema.eval), ctx.device), config)
+            return Evaluation(_named(results), {SAMPLES: np.array(samples)})
+
+
+def shown_at_the_end(run: RunFolder, results: list[dict]) -> Evaluation:
+    """The scores, and the grid that is in samples.png."""
+    with Image.open(run.path / "samples.png") as picture:
+        return Evaluation(_named(results), {SAMPLES: np.array(picture)})
+
+
+def _named(results: list[dict]) -> dict[str, float]:
+    """{name: score}; distances of different numbers of samples do not compare, so the number is part of the name."""
+    return {
+        f"eval/{metric}-nfe{result['protocol']['nfe']}-ema{result['protocol']['ema']}-n{result['protocol']['n']}": value
+        for result in results
+        for metric, value in result["metrics"].items()
+    }
 
 
 def keep_best(path: Path, results: list[dict], metric: str, ema: str, nfe: int) -> bool:

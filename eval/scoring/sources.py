@@ -14,7 +14,8 @@ from eval.scoring.files import read_npz, sha256_images
 from eval.scoring.options import guidance_name, steps_name
 from meanflow.data import LatentsConfig
 from meanflow.data.archives import open_source
-from meanflow.data.images import MODES, arrange, load_images
+from meanflow.data.images import MODES, UnfitImage, load_images
+from meanflow.data.layout import arrange
 from meanflow.errors import AssetError, UserError
 from meanflow.guidance import GuidanceInput
 from meanflow.random import generator
@@ -110,8 +111,10 @@ def read_images(path: Path) -> ImagesSource:
     try:
         size, channels = _first_image(path)
         images, _, _ = load_images(str(path), "train", size, channels, progress=True)
-    except UserError as error:  # they speak of a recipe's setting, and this is none
-        raise type(error)(str(error).replace(f"data.path {path}", str(path))) from None
+    except UserError as error:  # they speak of a recipe's settings, and there is none
+        text = f"{error.args[0]}, as the first is: bring all to one" if isinstance(error, UnfitImage) else str(error)
+        kind = AssetError if isinstance(error, UnfitImage) else type(error)
+        raise kind(text.replace(f"data.path {path}", str(path))) from None
     return ImagesSource(images, str(path))
 
 

@@ -42,6 +42,7 @@ class Source:
     files: dict[Parts, Any] = field(default_factory=dict)  # path → handle for `open`, in the order of fastest reading
     folders: set[Parts] = field(default_factory=set)  # every folder that is listed or implied by a file
     open: Callable[[Any], Path | BytesIO] = lambda handle: handle
+    layout: Callable[[str], Any] | None = None  # split → Layout, where the source itself tells (parquet.py)
 
     def read(self, parts: Parts) -> Path | BytesIO:
         """What Pillow can open: the path of a folder's file, or the bytes of an archive's, read now."""
@@ -55,11 +56,15 @@ class Source:
 
 @contextmanager
 def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
-    """Open a folder, .zip, .tar, .tar.gz, .tar.xz or .tar.bz2; archives are recognised by content, not by suffix.
+    """Open a folder, .zip, .tar, .tar.gz, .tar.xz, .tar.bz2 or parquet; recognised by content, not by suffix.
+
+    A folder with more parquet than image files is what the parquet files hold.
 
     `~` is expanded. setting: where the user named the path, for messages; may be empty. Raises AssetError for a path
     that is missing, unreadable, not an archive, damaged, or that has unsafe members.
     """
+    from meanflow.data import parquet  # here: it is made of this module's sources
+
     where, location = f"{setting} {path}".strip(), Path(os.path.expanduser(path))
     with ExitStack() as stack:
         with _damage_explained(where):
@@ -68,6 +73,10 @@ def open_source(path: str, setting: str = "data.path") -> Iterator[Source]:
                 raise AssetError(f"{where}: no such file or folder{relative}")
             if location.is_dir():
                 source = _folder(where, location)
+                if tables := parquet.tables_in(source):
+                    source = parquet.open_tables(where, tables)
+            elif parquet.is_table(location):
+                source = parquet.open_tables(where, {(location.name,): location})
             elif _is_zip(location):
                 source = _zip(where, stack.enter_context(zipfile.ZipFile(location)))
             else:

@@ -10,25 +10,24 @@ from pathlib import Path
 
 from meanflow.data.archives import Parts, Source, open_source
 from meanflow.data.images import (
+    CROP,
     MODES,
     SHOW_PROGRESS_ABOVE,
-    SUFFIXES,
     Facts,
-    Layout,
     decode_ahead,
     decoders,
     facts_of,
     load_pixels,
     open_image,
     problems,
-    repair_command,
     size_settings,
-    survey,
 )
+from meanflow.data.layout import SUFFIXES, Layout, survey
 from meanflow.errors import AssetError
 from meanflow.logs import progress_bar
 
 KINDS = ("unreadable", "size", "mode", "depth", "loose", "empty")  # of faults
+CROPPED = "train with --set data.resize=crop, which crops, scales and converts all images"
 DEFAULT_SIZE = 64  # pixels a side to bring images to, where none of them is square
 
 
@@ -52,19 +51,29 @@ class Report:
     channels: int
     groups: list[Group]
     notes: list[str]
+    resize: str | None  # as they have to be trained on
+
+    @property
+    def must_be_repaired(self) -> bool:
+        """Whether faults are left where the images are trained on with `settings`."""
+        return any(group.repair != CROPPED for group in self.groups)
 
     @property
     def settings(self) -> str:
         """The settings that a recipe needs for these images."""
         size = f"model.image_size={self.size}" if self.size == 32 or self.size % 4 else size_settings(self.size)
-        return f"{size} model.channels={self.channels} model.classes={len(self.classes)}"
+        resize = f" data.resize={self.resize}" if self.resize else ""
+        return f"{size} model.channels={self.channels} model.classes={len(self.classes)}{resize}"
 
 
-def check_images(path: str, split: str = "train", size: int | None = None, channels: int | None = None) -> Report:
+def check_images(
+    path: str, split: str = "train", size: int | None = None, channels: int | None = None, resize: str | None = None
+) -> Report:
     """Read every image of a split and group the faults.
 
-    path: a folder, zip or tar in the layout of `meanflow.data.images`. size: pixels a side that the images should have;
-    None: the most common size of those that are square. channels: 1 or 3; None: 3 unless most are grey.
+    path: a folder, zip or tar, or parquet, see `meanflow.data.layout`. size: pixels a side that the images should have;
+    None: the most common size of those that are square. channels: 1 or 3; None: 3 unless most are grey. resize: as
+    `data.resize`; with "crop" an image may have any size and mode.
 
     Raises AssetError for no images, a run folder, or an archive that is damaged or unsafe as a whole, and ConfigError
     if the source does not have the split.
@@ -72,22 +81,16 @@ def check_images(path: str, split: str = "train", size: int | None = None, chann
     with open_source(path, "") as source:
         layout = survey(source, split)
         facts, unreadable = _read(source, layout)
-        ignored = [parts for parts in source.files if not parts[-1].lower().endswith(SUFFIXES)]
+        ignored = [] if source.layout else [p for p in source.files if not p[-1].lower().endswith(SUFFIXES)]
     if size is None:
         size = _most_common((f.width for f in facts.values() if f.width == f.height), DEFAULT_SIZE)
     if channels is None:
         channels = 1 if _most_common((f.mode in ("L", "LA", "1") or f.mode[0] == "I" for f in facts.values()), 0) else 3
     command = f"bash run.sh check_data {shlex.quote(path)}{'' if split == 'train' else f' --split {split}'}"
     folder = os.path.expanduser(path)
-    groups = [
-        *_of_images(
-            facts,
-            size,
-            MODES[channels],
-            "in a copy of the folder" if os.path.isdir(folder) else "in the unpacked folder",
-        ),
-        *_of_files(unreadable, layout, command, shlex.quote(folder) if os.path.isdir(folder) else "UNPACKED"),
-    ]
+    folder = shlex.quote(folder) if os.path.isdir(folder) else "UNPACKED"
+    files = _of_rows(unreadable) if source.layout else _of_files(unreadable, layout, command, folder)
+    groups = [*_of_images(facts, size, MODES[channels], resize), *files]
     notes = []
     if ignored:
         kinds = _counted(Path(parts[-1]).suffix.lower() or "no suffix" for parts in ignored)
@@ -95,13 +98,14 @@ def check_images(path: str, split: str = "train", size: int | None = None, chann
     if size % 4:
         notes.append(f"the recipes' U-nets need a size that 4 divides: check again with --size {max(4, size // 4 * 4)}")
     groups = sorted((group for group in groups if group.faults), key=lambda group: KINDS.index(group.kind))
-    return Report(len(layout.images), layout.classes, size, channels, groups, notes)
+    resize = resize or (CROP if any(group.repair == CROPPED for group in groups) else None)
+    return Report(len(layout.images), layout.classes, size, channels, groups, notes, resize)
 
 
-def _of_images(facts: dict[Parts, Facts], size: int, mode: str, where: str) -> list[Group]:
-    """Images that can be read and are not as they should be; one command repairs them all."""
-    faults = {parts: found for parts, image in facts.items() if (found := problems(image, size, mode))}
-    repair = f"{where} run: {repair_command({Path(parts[-1]).suffix for parts in faults}, size, mode)}"
+def _of_images(facts: dict[Parts, Facts], size: int, mode: str, resize: str | None) -> list[Group]:
+    """Images that can be read and are not as they should be."""
+    faults = {parts: found for parts, image in facts.items() if (found := problems(image, size, mode, resize))}
+    repair = CROPPED if resize is None else "crop or convert them yourself, or leave them out"
     titles = {
         "size": f"not {size}x{size} (found {_counted(f'{image.width}x{image.height}' for image in facts.values())})",
         "mode": "not grey" if mode == "L" else f"not {mode}",
@@ -126,6 +130,10 @@ def _of_files(unreadable: dict[Parts, str], layout: Layout, command: str, folder
         _group("loose", "beside class folders", loose, f"move each into its class folder, {away('loose')}"),
         _group("empty", "without images", empty, f"fill them, {away('empty')}"),
     ]
+
+
+def _of_rows(unreadable: dict[Parts, str]) -> list[Group]:
+    return [_group("unreadable", "cannot be read", unreadable, "write the parquet files again without these rows")]
 
 
 def _read(source: Source, layout: Layout) -> tuple[dict[Parts, Facts], dict[Parts, str]]:

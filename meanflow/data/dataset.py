@@ -3,6 +3,7 @@
 import http.client
 import os
 import socket
+import time
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ from typing import Literal
 import torch
 
 from meanflow.data.augment import ANISOTROPIES, AUGMENT_LABELS
-from meanflow.data.images import MODES, load_images
+from meanflow.data.cache import Cache, Decoded, open_cache, sha256_pixels
+from meanflow.data.images import MODES, RESIZES, load_images
 from meanflow.errors import AssetError, ConfigError
 from meanflow.random import generator
 
 SOURCES = ("cifar10", "digits")
 SPLITS = ("train", "test")
 NETWORK_TIMEOUT_S = 60
+AUTO = "auto"
+SLOW_S = 1.0  # of computing: auto keeps images whose decoding takes longer
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class DataConfig:
     kind: Literal["images"] = "images"
     source: str = "cifar10"  # cifar10, or digits: scikit-learn's 8×8 handwritten digits
     root: str = "data"  # folder where downloads live
-    path: str | None = None  # your own images instead of `source`: a folder, zip or tar of class folders
+    path: str | None = None  # your own images instead of `source`: a folder, zip, tar or parquet files (docs/data.md)
+    resize: str | None = None  # crop: take images of `path` of any size and mode, as ADM; null: only those that fit
+    cache: str | None = AUTO  # folder for the decoded images of `path`; auto: cache/ in `root`, if it saves a second
     split: str = "train"  # which part of the images, train or test
     augment_p: float = 0.0  # probability of each of scaling, anisotropy and translation, 0 … 1 (EDM: 0.12)
     anisotropy: str = "appendix"  # as EDM's appendix F.2 has it, or "official": as the official release (augment.py)
@@ -46,7 +52,11 @@ class DataConfig:
         if not self.root:
             raise ValueError("root must name the folder for downloads, not be empty")
         if self.path is not None and not self.path:
-            raise ValueError("path must name a folder, zip or tar of images, or be null")
+            raise ValueError("path must name a folder, zip or tar of images, or parquet, or be null")
+        if self.resize not in (None, *RESIZES):
+            raise ValueError(f"resize must be null or {' or '.join(RESIZES)}, not {self.resize!r}")
+        if self.cache is not None and not self.cache:
+            raise ValueError("cache must name a folder, or be auto or null")
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {self.split!r}")
         if not 0 <= self.augment_p <= 1:
@@ -67,6 +77,12 @@ class Dataset:
     images: torch.Tensor  # (N, C, H, W) uint8
     labels: torch.Tensor | None  # (N,) int64, or None where there are no classes
     class_names: tuple[str, ...]  # by label; empty where there are no classes
+    known_sha256: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the pixels; computed unless it is known."""
+        return self.known_sha256 or sha256_pixels(self.images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,7 +92,8 @@ def load_dataset(config: DataConfig, image_size: int, channels: int, progress: b
     """Load the configured images into memory (on the CPU), downloading CIFAR-10 if it is not there.
 
     With several processes let one load first, since two downloads at a time would clash. `config.path` takes precedence
-    over `config.source`. image_size, channels (1: grey, 3: RGB): what the network expects. progress: show a bar.
+    over `config.source`; its images are decoded once and kept, see cache.py. image_size, channels (1: grey, 3: RGB):
+    what the network expects. progress: show a bar.
 
     Raises ConfigError where size, channels or split do not fit the source, and AssetError for missing, damaged or
     unsuitable files, no network or no disk space.
@@ -84,12 +101,33 @@ def load_dataset(config: DataConfig, image_size: int, channels: int, progress: b
     if channels not in MODES:
         raise ConfigError(f"images have 1 (grey) or 3 (RGB) channels, not {channels}")
     if config.path is not None:
-        return Dataset(*load_images(config.path, config.split, image_size, channels, progress))
+        return _own_images(config, image_size, channels, progress)
     if config.source == "digits":
         _check_shape("digits", 8, 1, image_size, channels)
         return digits(config.split)
     _check_shape("cifar10", 32, 3, image_size, channels)
     return _cifar10(Path(os.path.expanduser(config.root)), config.split)
+
+
+def _own_images(config: DataConfig, image_size: int, channels: int, progress: bool) -> Dataset:
+    cache = cache_of(config, image_size, channels)
+    if cache is not None and (found := cache.read()):
+        return Dataset(*found)
+    start = time.process_time()  # of all threads: a busy machine or a slow disk makes no difference
+    decoded = load_images(config.path, config.split, image_size, channels, progress, config.resize)
+    if cache is None or (config.cache == AUTO and time.process_time() - start < SLOW_S):
+        return Dataset(*decoded)
+    kept = Decoded(*decoded, sha256_pixels(decoded[0]))
+    cache.write(kept)
+    return Dataset(*kept)
+
+
+def cache_of(config: DataConfig, image_size: int, channels: int) -> Cache | None:
+    """The cache of `config.path`, which may be empty yet; None where there is to be none."""
+    if config.path is None or config.cache is None:
+        return None
+    folder = Path(config.root) / "cache" if config.cache == AUTO else Path(config.cache)
+    return open_cache(folder.expanduser(), config.path, config.split, image_size, channels, config.resize)
 
 
 def _check_shape(source: str, size: int, channels: int, model_size: int, model_channels: int):

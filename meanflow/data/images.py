@@ -1,10 +1,6 @@
-"""Image files in ImageFolder layout → tensors. Nothing is resized or converted unasked: other images are errors.
+"""Image files → tensors. Nothing is resized or converted unasked: other images are errors, unless `data.resize` is set.
 
-    cat/1.png dog/1.png               classes are the top folders, in sorted order
-    train/cat/1.png test/cat/1.png    `split` chooses train/, or test/ (else val/)
-    1.png 2.png                       no classes
-
-A single folder around everything, as archives often have, is stepped into.
+layout.py says which files are images of a split, and what their classes are.
 """
 
 import os
@@ -22,117 +18,36 @@ import torch
 from PIL import Image
 
 from meanflow.data.archives import Parts, Source, open_source
-from meanflow.errors import AssetError, ConfigError
+from meanflow.data.layout import Layout, arrange
+from meanflow.errors import AssetError
 from meanflow.logs import progress_bar
 
 MODES = {1: "L", 3: "RGB"}  # channels → Pillow's mode
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+CROP = "crop"
+RESIZES = (CROP,)  # what data.resize may be, besides null
 SHOW_PROGRESS_ABOVE = 5000  # fewer are read in a second or two
 IN_FLIGHT, IN_FLIGHT_BYTES = 512, 64 * 2**20  # files of an archive read ahead of the decoders
+FOREIGN = ("F", "La", "LAB")  # modes that have no conversion, or no known range
 MAX_PIXELS = 2**26  # of an image once its short side is cropped to size; only a strip is larger
-
-
-# --- which files, and their classes ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a split of a source holds. Paths are inside the source."""
-
-    images: list[Parts]  # sorted; without those that lie beside class folders
-    class_depth: int | None  # of the path's part that is the class; None: a flat folder, without classes
-    loose: list[Parts]  # images beside class folders
-    empty: list[Parts]  # class folders without images
-
-    def class_of(self, parts: Parts) -> str | None:
-        return None if self.class_depth is None else parts[self.class_depth]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return () if self.class_depth is None else tuple(sorted({parts[self.class_depth] for parts in self.images}))
-
-
-def arrange(source: Source, split: str) -> Layout:
-    """The layout of a split. Raises AssetError for no images, an empty class folder, or images beside class folders,
-    and ConfigError if the source does not have the split."""
-    layout = survey(source, split)
-    if layout.loose:
-        raise AssetError(f"{source.name(layout.loose[0])} lies beside class folders: move it into one of them")
-    if layout.empty:
-        raise AssetError(f"{source.name(layout.empty[0])}/ is a class folder without images: fill it or remove it")
-    return layout
-
-
-def survey(source: Source, split: str) -> Layout:
-    """The layout of a split, with what is wrong with it. Raises AssetError without images, ConfigError as `arrange`."""
-    if ("config.yaml",) in source.files and {("metrics.jsonl",), ("checkpoints",)} & {*source.files, *source.folders}:
-        raise AssetError(
-            f"{source.where} is a run folder, not a folder of images: its config.yaml names what it was trained on"
-        )
-    images = sorted(parts for parts in source.files if parts[-1].lower().endswith(SUFFIXES))
-    if not images:
-        raise AssetError(f"{source.where} has no images (looked for {' '.join(SUFFIXES)})")
-    base = _split_folder(source, images, _wrapper(source, images), split)
-    depth = len(base)
-    images = [parts for parts in images if parts[:depth] == base]
-    if not images:
-        raise AssetError(f"{source.name(base)}/ has no images (looked for {' '.join(SUFFIXES)})")
-    loose = [parts for parts in images if len(parts) == depth + 1]
-    if len(loose) == len(images):
-        return Layout(images, None, [], [])
-    images = [parts for parts in images if len(parts) > depth + 1]
-    filled = {parts[depth] for parts in images}
-    empty = [(*base, name) for name in sorted(_children(source, base) - filled)]
-    return Layout(images, depth, loose, empty)
-
-
-def _children(source: Source, base: Parts) -> set[str]:
-    """Names of the folders directly in `base`."""
-    return {parts[-1] for parts in source.folders if parts[:-1] == base}
-
-
-def _wrapper(source: Source, images: list[Parts]) -> Parts:
-    """The folder that holds class or split folders: the root, or deeper while a single folder holds everything."""
-    base: Parts = ()
-    while True:
-        children = _children(source, base)
-        if len(children) != 1 or children & {"train", "test", "val"}:
-            return base
-        if any(len(parts) < len(base) + 3 for parts in images):  # its images are the only class, or loose
-            return base
-        base = (*base, *children)
-
-
-def _split_folder(source: Source, images: list[Parts], base: Parts, split: str) -> Parts:
-    """`base`, or its train/, test/ or val/ folder if it is divided into these."""
-    known = {name for names in SPLIT_FOLDERS.values() for name in names}
-    children = _children(source, base)
-    with_classes = {parts[len(base)] for parts in images if len(parts) >= len(base) + 3}
-    divided = bool(known & with_classes) or (bool(children) and children <= known)
-    if not divided:
-        if split == "test":
-            raise ConfigError(f"data.split is 'test', but {source.where} has no test/ or val/ folder")
-        return base
-    for name in SPLIT_FOLDERS[split]:
-        if name in children:
-            return (*base, name)
-    raise ConfigError(f"data.split is {split!r}, but {source.where} only has {', '.join(sorted(children))}")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_images(
-    path: str, split: str, image_size: int, channels: int, progress: bool
+    path: str, split: str, image_size: int, channels: int, progress: bool, resize: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[str, ...]]:
-    """Images of a folder, zip or tar, uint8 (N, C, S, S), sorted by path; labels, int64 (N,), None for a flat folder;
-    class names.
+    """Images of a folder, zip, tar or parquet files, uint8 (N, C, S, S), in the order of their layout; labels, int64
+    (N,), None without classes; class names.
 
-    Raises AssetError for an unreadable source or, by name, an image that is broken or of another size or mode, and
-    ConfigError if the source does not have the split.
+    resize: as `data.resize`. Raises AssetError for an unreadable source or, by name, an image that is broken or of
+    another size or mode, and ConfigError if the source does not have the split.
     """
+
+    def decoded(name: str, data: Path | BytesIO) -> torch.Tensor:
+        return decode(name, data, image_size, channels, resize)
+
     with open_source(path) as source, decoders() as pool:
         layout = arrange(source, split)
         rows = {parts: row for row, parts in enumerate(layout.images)}
@@ -141,13 +56,10 @@ def load_images(
         with progress_bar(total=len(rows), desc="reading images", unit="img", disable=not show) as bar:
             # In the archive's own order: going back in a compressed tar means unpacking it again.
             needed = (parts for parts in source.files if parts in rows)
-            for parts, future in decode_ahead(pool, source, needed, lambda *job: _decode(*job, image_size, channels)):
+            for parts, future in decode_ahead(pool, source, needed, decoded):
                 images[rows[parts]] = future.result()
                 bar.update()
-    if not layout.classes:
-        return images, None, ()
-    numbers = {name: number for number, name in enumerate(layout.classes)}
-    return images, torch.tensor([numbers[layout.class_of(parts)] for parts in layout.images]), layout.classes
+    return images, None if layout.labels is None else torch.tensor(layout.labels), layout.classes
 
 
 @contextmanager
@@ -216,23 +128,37 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _decode(name: str, data: Path | BytesIO, image_size: int, channels: int) -> torch.Tensor:
-    """One file → uint8 (C, S, S). Raises AssetError by `name` for another image than this."""
+class UnfitImage(AssetError):
+    """(fault, advice) of an image of another size or mode; the advice is for runs."""
+
+    def __str__(self) -> str:
+        fault, advice = self.args
+        return f"{fault}: {advice}; bash run.sh check_data lists all such"
+
+
+def decode(name: str, data: Path | BytesIO, size: int, channels: int, resize: str | None) -> torch.Tensor:
+    """One file → uint8 (channels, size, size). Raises AssetError by `name` if it is broken or not what it should be."""
+    if resize == CROP:
+        return crop_file(name, data, size, channels)
     mode = MODES[channels]
     with open_image(name, data) as image:
         facts = facts_of(image)
-        for problem in problems(facts, image_size, mode).values():
-            advice = _advice(Path(name).suffix, facts, image_size, mode)
-            raise AssetError(f"{name} {problem}; {advice}; `bash run.sh check_data` lists all such images")
+        for problem in problems(facts, size, mode).values():
+            raise UnfitImage(f"{name} {problem}", _advice(facts, size, mode))
         load_pixels(name, image)
-        pixels = torch.from_numpy(np.array(image))  # (S, S) or (S, S, 3)
-    return pixels.view(image_size, image_size, channels).permute(2, 0, 1)
+        return _tensor(image)
 
 
-def check_first(source: Source, layout: Layout, image_size: int, channels: int) -> None:
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """Grey or RGB → uint8 (C, H, W)."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def check_first(source: Source, layout: Layout, image_size: int, channels: int, resize: str | None) -> None:
     """Raises AssetError if the first image is not what a network of this size and channels takes."""
     first = layout.images[0]
-    _decode(source.name(first), source.read(first), image_size, channels)
+    decode(source.name(first), source.read(first), image_size, channels, resize)
 
 
 # --- images that do not fit --------------------------------------------------------------------------------------
@@ -255,9 +181,15 @@ def deeper_than_8_bits(image: Image.Image) -> bool:
     return ";16" in repr(image.tile) or image.mode[0] in "IF"
 
 
-def problems(image: Facts, size: int, mode: str) -> dict[str, str]:
-    """What keeps an image from being `size` pixels a side in `mode`: {"size", "mode" or "depth": what is wrong}."""
+def problems(image: Facts, size: int, mode: str, resize: str | None = None) -> dict[str, str]:
+    """What keeps an image from becoming `size` pixels a side in `mode`: {"size", "mode" or "depth": what is wrong}."""
     found = {}
+    if resize == CROP:
+        if max(image.width, image.height) * size**2 > MAX_PIXELS * min(image.width, image.height):
+            found["size"] = f"is {image.width}x{image.height}, too narrow a strip to be cropped to {size}x{size}"
+        if image.mode in FOREIGN:
+            found["mode"] = f"has mode {image.mode}, which cannot be converted"
+        return found
     if (image.width, image.height) != (size, size):
         found["size"] = f"is {image.width}x{image.height}, not {size}x{size}"
     if image.mode != mode:
@@ -267,15 +199,15 @@ def problems(image: Facts, size: int, mode: str) -> dict[str, str]:
     return found
 
 
-def _advice(suffix: str, image: Facts, size: int, mode: str) -> str:
-    """Change the model, where it could take such images, or the images."""
+def _advice(image: Facts, size: int, mode: str) -> str:
+    """Change the model, where it could take such images, or let them be cropped and converted."""
     settings = []
     if image.width == image.height != size and image.width % 4 == 0:
         settings.append(size_settings(image.width))
     if image.mode != mode and image.mode in MODES.values():
         settings.append(f"model.channels={ {name: n for n, name in MODES.items()}[image.mode] }")
     instead = f"if all images are so, --set {' '.join(settings)}, or " if settings else ""
-    return f"{instead}in a copy of the folder run: {repair_command([suffix], size, mode)}"
+    return f"{instead}--set data.resize=crop, which crops, scales and converts all images"
 
 
 def size_settings(size: int) -> str:
@@ -283,33 +215,32 @@ def size_settings(size: int) -> str:
     return f"model.image_size={size} model.attention=[{size // 4}]"
 
 
-def repair_command(suffixes: Iterable[str], size: int, mode: str) -> str:
-    """A shell command that brings all images in and below a folder to this size and mode."""
-    shifted = "i.point(lambda v: v / 256).convert('L') if i.mode[0] == 'I' else i"  # 16 bits: converted, they clip
-    fit = f"o.fit(o.exif_transpose({shifted}).convert('{mode}'), ({size}, {size})).save(p, quality=95)"
-    unfit = f"(i.size, i.mode) != (({size}, {size}), '{mode}') or ';16' in repr(i.tile)"
-    script = (
-        "import sys; from PIL import Image, ImageOps as o; "
-        f"[{fit} for p in sys.argv[1:] for i in [Image.open(p)] if {unfit}]"
-    )
-    names = " -o ".join(f"-name '*{suffix}'" for suffix in sorted(suffixes))
-    return f"""find . -type f \\( {names} \\) -exec python -c "{script}" {{}} +"""
+# --- images of any size ------------------------------------------------------------------------------------------
 
 
-# --- cropping, for latents ---------------------------------------------------------------------------------------
+def crop_file(name: str, data: Path | BytesIO, size: int, channels: int = 3, deep: bool = True) -> torch.Tensor:
+    """One file of any size and mode → uint8 (channels, size, size), converted and then cropped as ADM does.
 
-
-def crop_file(name: str, data: Path | BytesIO, size: int) -> torch.Tensor:
-    """One file of any size and mode → uint8 (3, size, size), cropped as ADM does. Raises AssetError by `name`."""
+    deep: whether images of 16 bits a channel are taken. Raises AssetError by `name` for those that cannot be.
+    """
     with open_image(name, data) as image:
-        width, height = image.size
-        if max(width, height) * size**2 > MAX_PIXELS * min(width, height):
-            raise AssetError(f"{name} is {width}x{height}, too narrow a strip to be cropped to {size}x{size}")
-        if deeper_than_8_bits(image):  # converted, its bright half would be white
+        facts = facts_of(image)
+        if facts.deep and not deep:
             raise AssetError(f"{name} has 16 bits a channel or more, not 8")
+        for problem in problems(facts, size, MODES[channels], CROP).values():
+            raise AssetError(f"{name} {problem}")
         load_pixels(name, image)
-        cropped = centre_crop(image.convert("RGB"), size)
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
+        return _tensor(centre_crop(converted(image, MODES[channels]), size))
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """In mode L or RGB, as Pillow converts: L is the luma of ITU-R 601, and an alpha channel is dropped.
+
+    Of 16 bits the upper 8 are kept.
+    """
+    if image.mode[0] == "I":  # Pillow would clip at 255
+        image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

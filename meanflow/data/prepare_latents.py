@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from torch import Tensor
 from meanflow.data.archives import open_source
 from meanflow.data.codec import Codec, open_codec
 from meanflow.data.dataset import digits
-from meanflow.data.images import arrange, crop_file, decode_ahead, decoders
+from meanflow.data.images import crop_file, decode_ahead, decoders
 from meanflow.data.latents import LatentsConfig, find_fault, open_latents, refuse_other
+from meanflow.data.layout import arrange
 from meanflow.data.shards import (
     FORMAT,
     MANIFEST,
@@ -78,15 +80,17 @@ def open_listing(config: LatentsConfig, processes: int) -> Iterator[Listing]:
         layout = arrange(source, config.split)
         if not layout.classes:
             raise AssetError(f"{source.where}: has images but no class folders, which latents need: one folder a class")
-        images, number = set(layout.images), {name: k for k, name in enumerate(layout.classes)}
-        files = [parts for parts in source.files if parts in images]
+        label_of = dict(zip(layout.images, layout.labels, strict=True))
+        files = [parts for parts in source.files if parts in label_of]
         names = ["/".join(parts) for parts in files]
-        labels = [number[layout.class_of(parts)] for parts in files]
+        labels = [label_of[parts] for parts in files]
+
+        def crop(name: str, data: Path | BytesIO) -> Tensor:
+            return crop_file(name, data, config.image_size, deep=False)
 
         def decode(numbers: Iterable[int]) -> Iterator[Future]:
             chosen = (files[k] for k in numbers)
-            ahead = decode_ahead(pool, source, chosen, lambda name, data: crop_file(name, data, config.image_size))
-            return (future for _, future in ahead)
+            return (future for _, future in decode_ahead(pool, source, chosen, crop))
 
         yield Listing(names, labels, layout.classes, 3, sha256_json([names, layout.classes]), decode)
 

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "model.resampling",
     "data.root",
     "data.path",  # the images' checksum is compared instead
+    "data.cache",
     "data.images",
     "data.latents",
     "data.decode_precision",
@@ -197,10 +198,16 @@ class LoggingConfig:
 
     flush_every: int = 50  # steps between reads of a GPU's metrics; each waits for the device once
     tensorboard: bool = False  # write TensorBoard events to the run folder too; needs the package tensorboard
+    wandb: bool = False  # log to Weights & Biases too; needs the package wandb, and wandb login or WANDB_MODE=offline
 
     def __post_init__(self):
         if self.flush_every < 1:
             raise ValueError(f"flush_every must be ≥ 1, got {self.flush_every}")
+
+    @property
+    def tracked(self) -> bool:
+        """Whether anything but the run folder's own files is written (trackers.py)."""
+        return self.tensorboard or self.wandb
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`--dry-run`: whether a run's data are there, what it needs, counted, and how fast two steps of it were here."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import torch
 
 from meanflow.data import LatentsConfig, open_latents
 from meanflow.data.archives import open_source
-from meanflow.data.images import arrange, check_first
+from meanflow.data.dataset import cache_of
+from meanflow.data.images import check_first
+from meanflow.data.layout import arrange
 from meanflow.data.shards import MANIFEST
 from meanflow.errors import UserError
 from meanflow.logs import duration
@@ -115,6 +117,9 @@ def data_line(config: RunConfig) -> str:
     data, model = config.data, config.model
     if not isinstance(data, LatentsConfig):
         if data.path is not None:
+            cache = cache_of(data, model.image_size, model.channels)
+            if cache is not None and (kept := cache.header()):
+                return f"{_counted(kept['shape'][0], kept['classes'], data.path, config)}, decoded in {cache.file}"
             return _listed(data.path, "data.path", config)
         downloaded = data.source != "cifar10" or any(Path(data.root).expanduser().glob("cifar-10*"))
         return data.source if downloaded else f"{data.source}, to be downloaded to {data.root} (170 MB)"
@@ -131,9 +136,13 @@ def _listed(path: str, setting: str, config: RunConfig) -> str:
     with open_source(path, setting) as source:
         layout = arrange(source, config.data.split)
         if not isinstance(config.data, LatentsConfig):
-            check_first(source, layout, config.model.image_size, config.model.channels)
-    check_classes(config.model.classes, layout.classes)
-    return f"{len(layout.images):,} images of {len(layout.classes) or 'no'} classes in {path}"
+            check_first(source, layout, config.model.image_size, config.model.channels, config.data.resize)
+    return _counted(len(layout.images), layout.classes, path, config)
+
+
+def _counted(images: int, classes: Sequence[str], path: str, config: RunConfig) -> str:
+    check_classes(config.model.classes, classes)
+    return f"{images:,} images of {len(classes) or 'no'} classes in {path}"
 
 
 def _size(count: float) -> str:

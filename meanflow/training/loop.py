@@ -16,8 +16,10 @@ from meanflow.training.setup import Training
 from meanflow.training.signals import StopRequest
 from meanflow.training.state import TrainState, learning_rate
 from meanflow.training.step import accumulate, update
+from meanflow.training.trackers import Evaluation
 
-Evaluate = Callable[[RunFolder, RunConfig, TrainState, DistributedContext], None]
+# What it returns on rank 0 is shown where `logging` says.
+Evaluate = Callable[[RunFolder, RunConfig, TrainState, DistributedContext], Evaluation | None]
 
 
 def train(training: Training, evaluate: Evaluate | None = None) -> int:
@@ -68,7 +70,6 @@ def train(training: Training, evaluate: Evaluate | None = None) -> int:
                 save(training)
             if evaluating and not stopping:
                 evaluate_now(training, evaluate)
-    metrics.close()
     if ctx.any(stopping or stop.requested):
         log.info(f"stopped and saved at step {state.step:,} of {total:,}; the same command continues")
         return stop.exit_code or EXIT_TERMINATED
@@ -93,6 +94,8 @@ def save(training: Training) -> None:
 
 
 def evaluate_now(training: Training, evaluate: Evaluate) -> None:
-    evaluate(training.run, training.config, training.state, training.ctx)
+    found = evaluate(training.run, training.config, training.state, training.ctx)
+    if found is not None:
+        training.metrics.show(training.state.step, found)
     training.state.network.train()
     training.metrics.pause()

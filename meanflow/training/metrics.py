@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from meanflow.objectives import Loss
 from meanflow.training.divergence import NotFinite
 from meanflow.training.processes import DistributedContext
 from meanflow.training.records import BLOCK, parse_line
+from meanflow.training.trackers import Evaluation, Tracker
 
 
 class StepSums:
@@ -56,8 +57,10 @@ class MetricsLog:
     train.spike_guard also skipped, the updates it has skipped so far.
     """
 
-    def __init__(self, path: Path, ctx: DistributedContext, flush_every: int, seconds: float, tensorboard: Any = None):
-        self.path, self.ctx, self.tensorboard = path, ctx, tensorboard
+    def __init__(
+        self, path: Path, ctx: DistributedContext, flush_every: int, seconds: float, trackers: Sequence[Tracker] = ()
+    ):
+        self.path, self.ctx, self.trackers = path, ctx, trackers
         self.flush_every = 1 if ctx.device.type == "cpu" else flush_every  # reading a CPU costs nothing
         self.seconds = seconds
         self.pending: list[Pending] = []
@@ -135,11 +138,16 @@ class MetricsLog:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with write_errors_named(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
-        if self.tensorboard:
+        for tracker in self.trackers:
             for line in lines:
-                for name, value in line.items():
-                    if name != "step" and value is not None:
-                        self.tensorboard.add_scalar(name, value, line["step"])
+                values = {name: value for name, value in line.items() if name != "step" and value is not None}
+                tracker.log(line["step"], values)
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """Pass what an evaluation of step `step` has found on to the trackers."""
+        for tracker in self.trackers:
+            tracker.log(step, evaluation.scores)
+            tracker.show(step, evaluation.pictures)
 
     def summary(self) -> dict[str, str]:
         """The latest numbers for a progress bar: the loss, the first value that the objective logs, and the rate."""
@@ -147,8 +155,9 @@ class MetricsLog:
         return {key: f"{self.last[key]:.4g}" for key in (*shown, "images_per_s") if self.last.get(key) is not None}
 
     def close(self) -> None:
-        if self.tensorboard:
-            self.tensorboard.close()
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
 
     def sync(self) -> None:
         """Flush the file to disk, before a checkpoint relies on it."""

@@ -1,6 +1,5 @@
 """Prepares training: opens the data, makes or resumes the state, the loss and the metrics log."""
 
-import hashlib
 import importlib.util
 import shlex
 from collections.abc import Collection
@@ -15,12 +14,13 @@ from meanflow.logs import log
 from meanflow.training.batches import BatchStream
 from meanflow.training.checkpoint import Checkpoint, load_newest
 from meanflow.training.compiling import loss_of_run
-from meanflow.training.config import RunConfig, config_from_tree, refuse_changed_run
+from meanflow.training.config import LoggingConfig, RunConfig, config_from_tree, refuse_changed_run
 from meanflow.training.metrics import MetricsLog, rewind_metrics
-from meanflow.training.processes import DistributedContext, GradientSum
+from meanflow.training.processes import DistributedContext, GradientSum, run_on_rank0
 from meanflow.training.run_folder import RunFolder, starts
 from meanflow.training.state import TrainState, fresh_state, initialise, refuse_missing_source, restore, to_checkpoint
 from meanflow.training.step import LossFunction, configure_numerics
+from meanflow.training.trackers import open_trackers
 
 
 @dataclass
@@ -48,6 +48,7 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     the run are changed only once all of this is known to work: metrics after the checkpoint are cut off.
     """
     configure_numerics(config.train)
+    run_on_rank0(ctx, lambda: refuse_missing_packages(config.logging))
     if not any(run.checkpoints.glob("*.pt")):
         refuse_missing_source(config.init)
     dataset = open_data(config, ctx)
@@ -59,14 +60,14 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     loss, compiled = loss_of_run(config, state, ctx, stream.micro)
     kept = compiled and stream.micro_steps > 1
     gradients = GradientSum(state.network, ctx, kept)
-    writer = tensorboard_writer(run.path, state.step) if ctx.is_main and config.logging.tensorboard else None
+    trackers = open_trackers(config, run, state.step) if ctx.is_main else []
     if initialised is not None:
         log.info(initialised.summary())
         if ctx.is_main:
             initialised.write(run.path / "init.json")
     if ctx.is_main:
         rewind_metrics(run.metrics_file, state.step)
-    metrics = MetricsLog(run.metrics_file, ctx, config.logging.flush_every, state.seconds, writer)
+    metrics = MetricsLog(run.metrics_file, ctx, config.logging.flush_every, state.seconds, trackers)
     return Training(config, run, ctx, state, stream, loss, gradients, metrics, data)
 
 
@@ -90,11 +91,7 @@ def open_data(config: RunConfig, ctx: DistributedContext) -> Dataset | Latents:
 
 def describe(dataset: Dataset | Latents) -> dict[str, Any]:
     """Number, classes and SHA-256 (of the pixels or latents) of the images, to recognise them again."""
-    if isinstance(dataset, Latents):
-        digest = dataset.sha256
-    else:
-        digest = hashlib.sha256(dataset.images.contiguous().numpy()).hexdigest()
-    return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": digest}
+    return {"images": len(dataset), "classes": list(dataset.class_names), "sha256": dataset.sha256}
 
 
 def resume(
@@ -130,10 +127,8 @@ def resume(
     return True
 
 
-def tensorboard_writer(folder: Path, step: int) -> Any:
-    """TensorBoard events, continued after `step`. Raises ConfigError if the optional package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("logging.tensorboard is true, but the package is missing: pip install tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+def refuse_missing_packages(logging: LoggingConfig) -> None:
+    """Raises ConfigError if `logging` asks for an optional package that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(logging, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"logging.{name} is true, but the package is missing: pip install {name}")
