@@ -20,6 +20,7 @@ from meanflow.random import derive_seed, generator
 from meanflow.training.config import RunConfig
 from meanflow.training.processes import DistributedContext
 
+LABELS = ("class_labels", "augment_labels")  # keywords of the network
 Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the global batch → x (b, C, H, W), labels
 
 
@@ -27,7 +28,8 @@ Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the globa
 class MicroBatch:
     """b samples, those with r ≠ t first.
 
-    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords; unconditional (b,) bool
+    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords (LABELS), and
+    what the objective's `sample_cond` has drawn; unconditional (b,) bool
     on the CPU: which samples train without a class label, if the run has guidance; progress: the fraction of training
     that is done, in [0, 1).
     """
@@ -72,6 +74,8 @@ class BatchStream:
             unconditional = drop_labels(r, t, self.config.guidance, generator(seed, "label drop", step))
         random = generator(seed, "noise", step, device=self.device)
         noise = torch.randn(batch, *self.config.z_shape, generator=random, device=self.device)
+        classes = self.config.model.classes
+        drawn = self.config.objective.sample_cond(r, t, classes, generator(seed, "conditioning", step))
 
         for micro, start in enumerate(range(first, first + self.local, self.micro)):
             rows = torch.arange(start, min(start + self.micro, first + self.local))
@@ -86,6 +90,7 @@ class BatchStream:
             )
             torch.manual_seed(derive_seed(seed, "dropout", step, self.ctx.rank, micro))
             mask = None if unconditional is None else unconditional[rows]
+            cond |= {key: y[rows].to(self.device, non_blocking=True) for key, y in drawn.items()}
             yield MicroBatch(x, eps, r[rows], t[rows], cond, mask, step / self.config.train.steps)
 
 
@@ -198,4 +203,6 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
     r, t, unconditional = r[order], t[order], None
     if config.guidance is not None:
         unconditional = drop_labels(r, t, config.guidance, random)
+    drawn = config.objective.sample_cond(r, t, config.model.classes, random)
+    cond |= {key: y.to(device) for key, y in drawn.items()}
     return MicroBatch(x, eps, r, t, cond, unconditional, progress=0.0)

@@ -149,7 +149,12 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
     """
     done = failed.step - 1
     seed, batch = config.seed, config.train.batch
-    purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip"))]
+    purposes = [
+        "times",
+        "conditioning",
+        "noise",
+        *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip")),
+    ]
     if config.guidance is not None:
         purposes.append("label drop")
     failure = {
