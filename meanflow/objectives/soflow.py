@@ -109,7 +109,9 @@ def two_passes(
     (z, z_l), (t, l) = zs, ts  # noqa: E741
     order, n = rows_first(r != t)
     m = rounded_rows(n, len(z)) if n else 0  # few shapes
-    first, rest = (slice(m), slice(m, None)) if order is None else (y.to(z.device, non_blocking=True) for y in (order[:m], order[m:]))
+    first, rest = slice(m), slice(m, None)
+    if order is not None:
+        first, rest = (order[part].to(z.device, non_blocking=True) for part in (first, rest))
     r, t, l = (time.to(z, non_blocking=True) for time in (r, t, l))  # noqa: E741
     parts, out_l = [], torch.zeros_like(z)
     if m:
