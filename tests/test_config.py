@@ -38,7 +38,7 @@ def recipe_of(name: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"objective__kind": "meanflaw"}, "objective.kind meanflaw; did you mean meanflow?"),
+        ({"objective__kind": "meanflaw"}, "objective.kind meanflaw; did you mean meanflow"),
         ({"objective__times__ratio": 1.2}, "times.ratio; [0, 1]; 1.2"),
         ({"objective__times__ratio": -0.1}, "times.ratio"),
         ({"objective__times__sigma": 0}, "times.sigma; > 0"),

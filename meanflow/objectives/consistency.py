@@ -31,7 +31,7 @@ class Consistency(Objective):
 
     kind: Literal["consistency"] = "consistency"
     time: Time = field(default_factory=Time)  # how t is drawn
-    warmup: float = 0.1  # fraction of training in which ρ rises linearly from 0 to 1; 0: it is 1 throughout
+    rho_warmup: float = 0.1  # fraction of training in which ρ rises linearly from 0 to 1; 0: it is 1 throughout
     needs_jvp = True
     sampler = "renoise"
     learns_velocity = False
@@ -42,7 +42,7 @@ class Consistency(Objective):
     }
 
     def rho(self, progress: float) -> float:
-        return min(1.0, progress / self.warmup) if self.warmup else 1.0
+        return min(1.0, progress / self.rho_warmup) if self.rho_warmup else 1.0
 
     def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
         t = self.time.sample(n, generator)
@@ -77,5 +77,5 @@ class Consistency(Objective):
         return ((out - (out.detach() - g)) ** 2).flatten(1).mean(1)
 
     def __post_init__(self):
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be in [0, 1], got {self.warmup}")
+        if not 0 <= self.rho_warmup <= 1:
+            raise ValueError(f"rho_warmup must be in [0, 1], got {self.rho_warmup}")

@@ -29,13 +29,13 @@ class Shortcut(Objective):
     kind: Literal["shortcut"] = "shortcut"
     ratio: float = 0.125  # fraction of samples with r < t, which learn from the averaged network
     finest: int = 128  # steps of Flow Matching's grid, a power of two
-    decay: float = 0.999  # of the average that is the teacher, one of ema.decays
+    teacher_ema: float = 0.999  # of the average that is the teacher, one of ema.decays
     clamp: float | None = 4.0  # largest |target| of the samples with r < t; null: any
     titles = Objective.titles | {"loss": "training loss (mean square)", "d": "step d, at r < t"}
 
     @property
     def teacher_decay(self) -> float:
-        return self.decay
+        return self.teacher_ema
 
     @property
     def passes(self) -> int:
@@ -72,7 +72,7 @@ class Shortcut(Objective):
             raise ValueError(f"ratio must be in [0, 1], got {self.ratio}")
         if self.finest < 2 or self.finest & (self.finest - 1):
             raise ValueError(f"finest must be a power of two, 2 at least, got {self.finest}")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"decay must be in (0, 1), got {self.decay}")
+        if not 0 < self.teacher_ema < 1:
+            raise ValueError(f"teacher_ema must be in (0, 1), got {self.teacher_ema}")
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"clamp must be > 0 or null, got {self.clamp}")

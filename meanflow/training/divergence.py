@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meanflow.data import batch_indices
 from meanflow.errors import NumericsError
+from meanflow.objectives import Objective
 from meanflow.random import derive_seed
 from meanflow.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig
@@ -149,12 +150,9 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
     """
     done = failed.step - 1
     seed, batch = config.seed, config.train.batch
-    purposes = [
-        "times",
-        "conditioning",
-        "noise",
-        *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip")),
-    ]
+    purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip"))]
+    if type(config.objective).sample_cond is not Objective.sample_cond:
+        purposes.append("conditioning")
     if config.guidance is not None:
         purposes.append("label drop")
     failure = {
