@@ -291,7 +291,7 @@ def test_the_warm_up_is_linear_and_then_constant():
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("kind", ["adam", "radam"])
-def test_update_is_the_optimiser_with_clipping(kind, clip):
+def test_update_is_adam_with_clipping(kind, clip):
     """Against PyTorch's plain form and its own clipping, over several steps and a warm-up; RAdam's sixth is the first
     that is rectified."""
     decay = 0.1 if kind == "radam" else 0.0

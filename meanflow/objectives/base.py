@@ -186,10 +186,10 @@ def check_weight(p: float, c: float) -> None:
         raise ValueError(f"c must be > 0, got {c}")
 
 
-def weighted(error: Tensor, rows: Tensor, weight: float | Tensor) -> Tensor:
-    """`error` (B,) times `weight` (a number or (B,)) where `rows` (B,) is true."""
-    weight = torch.as_tensor(weight, dtype=error.dtype).to(error.device, non_blocking=True)
-    return torch.where(rows.to(error.device, non_blocking=True), weight * error, error)
+def weighted(values: Tensor, rows: Tensor, weight: float | Tensor) -> Tensor:
+    """`values` (B,) times `weight` (a number or (B,)) where `rows` (B,) is true."""
+    weight = torch.as_tensor(weight, dtype=values.dtype).to(values.device, non_blocking=True)
+    return torch.where(rows.to(values.device, non_blocking=True), weight * values, values)
 
 
 def by_rows(error: Tensor, r: Tensor, t: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:

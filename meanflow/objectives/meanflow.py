@@ -56,18 +56,22 @@ class MeanFlow(Objective):
     def loss(self, u, x, eps, r, t, *, v=None, jvp=value_and_jvp, progress=0.0, teacher=None, **cond) -> Loss:
         z = interpolate(x, eps, t)  # (1 − t) x + t ε
         v = eps - x if v is None else v
-        dr, dt = TANGENTS[self.tangent]
-        dz = v
-        if beta := self.tangent_velocity:
-            dz = (1 - beta) * v + beta * on_rows(by_jvp(u, jvp), r != t, z, t, t, **cond)
+        dz, dr, dt = self._tangent(u, z, r, t, v, jvp, cond)  # (v, 0, 1)
         u_out, dudt = jvp(u, (z, r, t), (dz, dr, dt), rows=r != t, **cond)  # both (B, …); dudt is 0 where r = t
 
         u_tgt = v - (per_row(t, x) - per_row(r, x)) * dudt  # Eqs. (10), (11): neither v nor dudt has a graph
         error = squared_norm(u_out - u_tgt)  # Eq. (9), (B,)
-        loss = adaptive_weight(error, self.p, self.c) * error
-        if self.time_weight:
-            loss = weighted(loss, r != t, self._time_weight(r, t, progress))
-        return Loss(loss, by_rows(error, r, t))
+        return Loss(self._weight(error, r, t, progress) * error, by_rows(error, r, t))
+
+    def _tangent(self, u, z, r, t, v, jvp, cond) -> tuple[Tensor, float, float]:
+        if beta := self.tangent_velocity:
+            v = (1 - beta) * v + beta * on_rows(by_jvp(u, jvp), r != t, z, t, t, **cond)
+        return (v, *TANGENTS[self.tangent])
+
+    def _weight(self, error: Tensor, r: Tensor, t: Tensor, progress: float) -> Tensor:
+        """Eq. (22), where r < t times the time weight: (B,)."""
+        weight = adaptive_weight(error, self.p, self.c)
+        return weighted(weight, r != t, self._time_weight(r, t, progress)) if self.time_weight else weight
 
     def _time_weight(self, r: Tensor, t: Tensor, progress: float) -> Tensor:
         """w of arXiv 2511.19065, (B,): at first (1 − Δ)/E[1 − Δ], at the end 1."""
