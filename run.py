@@ -209,6 +209,7 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
     from eval.reports.read import ema_note
     from eval.sampling.grid import write_grid
     from eval.scoring.score import ScoreDuring, closing_table, score_run
+    from eval.scoring.sweep import Choice, sweep
     from meanflow.logs import log
     from meanflow.training.loop import train
     from meanflow.training.microbatch import with_last_microbatch, with_microbatch
@@ -239,6 +240,8 @@ def job(config, out: Path, ctx, requested=frozenset()) -> int:
             write_grid(run, config, ctx.device)
         try:
             results = score_run(run, config, ctx)
+            if config.eval.guidance:
+                sweep(run, config, ctx, Choice(config.eval.guidance))
         except UserError as error:  # curves even if scoring fails, but Ctrl-C does not wait for them
             if ctx.is_main and not isinstance(error, IncompleteError):
                 plot([run], run.curves)

@@ -18,15 +18,24 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        half = FREQUENCIES // 2
-        exponents = torch.arange(half, dtype=torch.float64) / half
-        self.register_buffer("frequencies", torch.exp(-math.log(MAX_PERIOD) * exponents).float(), persistent=False)
+        self.register_buffer("frequencies", frequencies(), persistent=False)
         self.fc1, self.fc2 = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
-        angles = time[:, None] * self.frequencies  # (B, 128)
-        waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)  # (B, 256)
-        return self.fc2(F.silu(self.fc1(waves)))  # (B, width)
+        return self.fc2(F.silu(self.fc1(waves(time, self.frequencies))))  # (B, width)
+
+
+def frequencies() -> Tensor:
+    """(128,): 10000^(−i/128)."""
+    half = FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    return torch.exp(-math.log(MAX_PERIOD) * exponents).float()
+
+
+def waves(scalar: Tensor, frequencies: Tensor) -> Tensor:
+    """(B,) → (B, 256): cosines, then sines."""
+    angles = scalar[:, None] * frequencies  # (B, 128)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ Every operation here has a tangent rule in `meanflow.dual`; dimension 0 is the b
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ class DiTConfig:
     heads: int  # of attention (12)
     conditioning: str = "t,t-r"  # what is embedded and summed, Table 1c
     classes: int = 0  # number of classes, 0 for unconditional (1000)
+    guidance_inputs: ClassVar[tuple[str, ...]] = ()  # of the network, beside labels
+    branches: ClassVar[tuple[str, ...]] = ("u",)
 
     def __post_init__(self):
         if min(self.image_size, self.channels, self.patch, self.depth, self.heads) < 1:

@@ -40,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jvp", default="dual", help="dual, func, separate, with commas; the first one counts (dual)")
     parser.add_argument("--compile", metavar="MODES", help=f"{NONE}, or {', '.join(COMPILE_MODES)} (default on a GPU)")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"which figures ({','.join(ROWS)})")
+    parser.add_argument("--against", type=recipe, metavar="RECIPE", help="another recipe, measured in turns with these")
     add_device(parser)
     add_out(parser, "a JSON file with everything, every round's seconds included")
     args = parser.parse_args(argv)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     for file in args.recipes:
         batch = args.batch or BATCH[device.type][load_config(file, args.set).data.kind]
         how = (batch, args.repeats, args.precisions or here, args.jvp, () if modes == NONE else modes)
-        reports.append(measure(Plan(file, tuple(args.set), *how, args.rows, device)))
+        reports.append(measure(Plan(file, tuple(args.set), *how, args.rows, device, args.against)))
     where = {**environment(), "threads": torch.get_num_threads(), "platform": platform.platform()}
     print("\n\n".join([machine(where), *(table(report) for report in reports)]))
     if args.out:

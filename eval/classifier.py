@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.scoring.options import Parser, add_device, count, path
+from eval.scoring.options import Parser, add_device, add_guidance, count, path
 from meanflow.errors import run_main
 
 
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")
     parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")
     parser.add_argument("--seed", type=int, default=0, help="of labels and noise (0)")
+    add_guidance(parser)
     add_device(parser, "sample")
     args = parser.parse_args(argv)
 
@@ -21,11 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     from meanflow.training.run_folder import RunFolder
 
     model = load(args.what, args.ema, args.device)
-    found = classifier_accuracy(model, args.n, args.steps, args.seed)
+    guidance = model.guided(args.guidance, args.interval)
+    found = classifier_accuracy(model, args.n, args.steps, args.seed, guidance)
     if args.what.is_dir():
-        write_accuracy(accuracy_file(RunFolder(args.what), model.meta["step"], model.ema, args.steps), found)
+        file = accuracy_file(RunFolder(args.what), model.meta["step"], model.ema, args.steps, guidance)
+        write_accuracy(file, found)
     print(
-        f"classifier accuracy: {found.accuracy:.1%} of {found.samples:,} samples (NFE {found.steps}, EMA {found.ema}) "
+        f"classifier accuracy: {found.accuracy:.1%} of {found.samples:,} samples (NFE {found.steps}, EMA {found.ema}"
+        f"{'' if guidance is None else f', guidance {guidance}'}) "
         f"are recognised as the class asked for; {found.real:.1%} of real images are (cross-validated)"
     )
     return 0

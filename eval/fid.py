@@ -3,6 +3,7 @@
 bash run.sh fid runs/cifar10                            a run's newest checkpoint, against its training images
 bash run.sh fid runs/cifar10 --ema all --steps 1,2,4    several at once
 bash run.sh fid runs/cifar10 --grid 1,0.6,0             two steps at times of your choice
+bash run.sh fid runs/imf_b2 --guidance 4,7.5,10.5 --interval 0.4,0.65   which guidance is best?
 bash run.sh fid --samples images.zip --ref cifar10-train
 torchrun --nproc-per-node 8 run.py fid runs/cifar10     on all GPUs of a node
 bash run.sh fid make-ref --ref FOLDER --out ref.npz     statistics of images, for --ref
@@ -28,9 +29,11 @@ from eval.scoring.options import (
     count,
     counts,
     grid,
+    interval,
     metrics,
     path,
     reference,
+    scales,
 )
 from meanflow.errors import AssetError, UserError, run_main
 
@@ -54,6 +57,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UserError("say what to score: a run folder, a checkpoint or --samples, one of them (see --help)")
         if args.samples is not None and args.ref is None:
             raise UserError(f"--samples needs --ref: {REFERENCES}")
+        if args.samples is not None and (args.guidance or args.interval):
+            raise UserError("--guidance and --interval choose how a network samples; --samples are there already")
     if args.work is _make_ref:
         if args.out.suffix != ".npz":
             raise UserError(f"--out {args.out}: name a file that ends in .npz")
@@ -76,6 +81,10 @@ def _score_parser() -> Parser:
     how.add_argument("--n", "--count", type=count, help=number)
     how.add_argument("--steps", type=counts, help="network evaluations a sample (NFE), comma-separated (1)")
     how.add_argument("--grid", type=grid, action="append", default=[], help="times from 1 to 0, such as 1,0.6,0")
+    guided = "guidance scales ω, comma-separated, where they are an input of the network (the recipe's sample.guidance)"
+    how.add_argument("--guidance", type=scales, help=guided)
+    within = "t in which it holds, such as 0.4,0.65; again for several (the recipe's sample.interval)"
+    how.add_argument("--interval", type=interval, action="append", metavar="A,B", help=within)
     how.add_argument("--ema", help='an EMA by its decay, "all", or "weights" (the recipe\'s ema.eval)')
     how.add_argument("--seed", type=int, default=0, help="sample k is a function of (seed, k) (0)")
     how.add_argument("--labels", default="random", help="random, balanced, or one class (random)")
@@ -149,7 +158,7 @@ def _interrupt(signum, frame):
 def _score(args: argparse.Namespace, ctx) -> int:
     from eval.scoring.evaluate import evaluate
     from eval.scoring.metrics import MetricOptions
-    from eval.scoring.protocol import Request, table
+    from eval.scoring.protocol import Request, best_guidance, table
     from eval.scoring.references import recipe_reference
     from eval.scoring.sources import EvalTarget, Sampling, read_images, targets_of
     from meanflow.files import sha256_file
@@ -171,7 +180,8 @@ def _score(args: argparse.Namespace, ctx) -> int:
         sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise or config.sample.uint8)
         steps, grids = args.steps or (() if args.grid else (1,)), tuple(args.grid)
         digest = sha256_file(file)
-        targets = targets_of(file, checkpoint, digest, args.ema, steps, sampling, ctx.device, grids)
+        guided = args.guidance or (None,), tuple(args.interval or (None,))
+        targets = targets_of(file, checkpoint, digest, args.ema, steps, sampling, ctx.device, grids, *guided)
         run = RunFolder(what if what.is_dir() else file.parent.parent)
         out = run.eval if run.config_file.exists() else out
     extractor = _extractor(args, args.metrics, config, ctx)
@@ -186,6 +196,8 @@ def _score(args: argparse.Namespace, ctx) -> int:
     results = evaluate(request, targets, ctx)
     if results is not None:
         print(table(results))
+        for line in best_guidance(results, extractor.label("fid")):
+            print(line)
         print(f"written to {out}/", file=sys.stderr)
     return 0
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.scoring.options import Parser, add_device, count, grid, path, steps_name
+from eval.scoring.options import Parser, add_device, add_guidance, count, grid, guidance_name, path, steps_name
 from meanflow.errors import UserError, run_main
 
 
@@ -21,6 +21,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, default=256, help="samples at once (256)")
     parser.add_argument("--columns", type=count, help="columns of the grid (about square)")
     parser.add_argument("--quantise", choices=("round", "floor"), help="how to make uint8 (the recipe's sample.uint8)")
+    add_guidance(parser)
     add_device(parser)
     names = "FILE.png (a grid), FILE.npz (arr_0, NHWC, and labels) or a new folder of PNGs"
     parser.add_argument("--out", type=path, help=f"{names} (RUN/samples/)")
@@ -44,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     from meanflow.training.model import generate, load, to_uint8
 
     model = load(args.what, args.ema, args.device)
+    guidance = model.guided(args.guidance, args.interval)
     times = steps_name(args.steps, args.grid)
-    out = args.out or _default_out(args, model, times)
+    out = args.out or _default_out(args, model, times, guidance)
     make_folder(out if not out.suffix else out.parent)  # better known before an hour of sampling than after
     columns = columns_of(args.n, args.columns)
     labels = class_labels(model, args.n, args.label, columns if out.suffix == ".png" else None)
@@ -53,17 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     for start in progress_bar(range(0, args.n, args.batch), unit="batch", disable=args.n <= args.batch):
         stop = min(start + args.batch, args.n)
         chosen = None if labels is None else labels[start:stop]
-        images = generate(model, start, stop, args.steps, args.seed, chosen, args.grid)
+        images = generate(model, start, stop, args.steps, args.seed, chosen, args.grid, guidance)
         chunks.append(to_uint8(images, rule).cpu())
     write(torch.cat(chunks), out, columns, captions(model, labels, columns), labels)
+    guided = "" if guidance is None else f"guidance {guidance}, "
     nfe, step = times.removeprefix("nfe"), model.meta["step"]
-    print(f"{args.n} samples, NFE {nfe}, EMA {model.ema}, step {step:,}, seed {args.seed} → {out}")
+    print(f"{args.n} samples, NFE {nfe}, {guided}EMA {model.ema}, step {step:,}, seed {args.seed} → {out}")
     return 0
 
 
-def _default_out(args: argparse.Namespace, model, times: str) -> Path:
+def _default_out(args: argparse.Namespace, model, times: str, guidance) -> Path:
     folder = args.what / "samples" if args.what.is_dir() else args.what.parent
     label = "" if args.label is None else f"-label{args.label}"
+    label += "" if guidance is None else guidance_name(guidance.omega, guidance.interval)
     return folder / f"step{model.meta['step']:08d}-{times}-ema{model.ema}-seed{args.seed}{label}.png"
 
 

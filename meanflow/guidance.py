@@ -2,8 +2,11 @@
 
 SoFlow's guided velocity m (v + d(t) (w − 1) (v − v_∅)) + (1 − m) v̂ is Eq. (21) too, with κ = 1 − m and a scale
 ω′(t) = 1 + d(t) (w − 1) that falls towards 1 near t = 1: `fade_from`.
+
+The scale is fixed in training (`GuidanceConfig`), or an input of the network that sampling chooses (`GuidanceInput`).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +70,34 @@ def fade(t: Tensor, start: float) -> Tensor:
     """SoFlow's d(t), (B,): 1 up to `start`, above it 1 − exp(−0.025 τ/(1 − τ)) with τ = (1 − t)/(1 − start)."""
     tau = ((1 - t) / (1 - start)).clamp(max=1)
     return -torch.expm1(-FADE_RATE * tau / (1 - tau))  # exp(−∞) = 0 where τ = 1
+
+
+@dataclass(frozen=True)
+class GuidanceInput:
+    """What a network that takes guidance as an input is given: the scale ω where t_min ≤ t ≤ t_max, 1 (none) elsewhere.
+
+    Raises ValueError, naming the field, for a scale below 1, which no such network is trained with: 1 − 1/ω, which it
+    sees, would leave [0, 1). And for an interval that is none.
+    """
+
+    omega: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if not 1 <= self.omega < math.inf:
+            raise ValueError(f"guidance must be a number ≥ 1 (1 is none), got {self.omega:g}")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval must be two times t_min ≤ t_max in [0, 1], got {low:g}, {high:g}")
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"ω {self.omega:g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
+
+    def inputs(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """The network's keywords for n samples, each (n,)."""
+        values = {"omega": self.omega, "t_min": self.interval[0], "t_max": self.interval[1]}
+        return {name: torch.full((n,), float(value), device=device) for name, value in values.items()}
 
 
 def drop_labels(r: Tensor, t: Tensor, config: GuidanceConfig, generator: Generator) -> Tensor:

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from meanflow.dual import Dual, value_of
 
-Network = Callable[..., Tensor]  # u(z, r, t, **cond)
+Network = Callable[..., Tensor]  # u(z, r, t, **cond); with several heads it may return a tuple (u, …)
+Value = Tensor | tuple[Tensor, ...]
 METHODS = ("dual", "func")
 PARTS = 8  # of a batch: on GPUs and in compiled code the number of rows with a derivative is rounded up to eighths
 
@@ -27,13 +28,14 @@ def value_and_jvp(
     *,
     rows: Tensor,
     take: Callable | None = None,
-    **cond: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    **cond: Tensor | str | None,
+) -> tuple[Value, Tensor]:
     """u(z, r, t, **cond) with its graph, and its derivative along `tangents` without one, both (B, …).
 
     primals (z, r, t): (B, …), (B,), (B,). tangents (dz, dr, dt): (B, …) and two numbers. rows (B,) bool, best on the
     CPU: where the derivative is needed; elsewhere it is zero and costs nothing. take: `dual_jvp`, `func_jvp`, or one of
-    them compiled.
+    them compiled. A network with several heads returns a tuple (u, …): so does this, as ((u, …), du/dt). What is no
+    tensor in `cond`, such as the name of a head, reaches the network as it is.
     """
     (z, r, t), (dz, dr, dt) = primals, tangents
     r, t = r.to(z, non_blocking=True), t.to(z, non_blocking=True)
@@ -45,11 +47,14 @@ def value_and_jvp(
     few_shapes = z.device.type != "cpu" or isinstance(take, CompiledDual)
     dz = _padded(dz, n, rounded_rows(n, len(z)) if few_shapes else n)
     value, tangent = take(u, z, r, t, (dz, dr, dt), cond)
-    dudt = torch.zeros_like(value.detach(), dtype=tangent.dtype)
+    u_out = value[0] if isinstance(value, tuple) else value
+    dudt = torch.zeros_like(u_out.detach(), dtype=tangent.dtype)
     dudt[:n] = tangent[:n]
     if order is None:
         return value, dudt
     back = torch.argsort(order)
+    if isinstance(value, tuple):
+        return tuple(_select(y, back) for y in value), _select(dudt, back)
     return _select(value, back), _select(dudt, back)
 
 
@@ -85,14 +90,14 @@ def _padded(dz: Tensor, n: int, rows: int) -> Tensor:
     return dz
 
 
-def _select(x: Tensor | None, order: Tensor) -> Tensor | None:
+def _select(x: Tensor | str | None, order: Tensor) -> Tensor | str | None:
     return x[order.to(x.device)] if isinstance(x, Tensor) else x
 
 
 # --- the two methods: (u, z, r, t, (dz (n, …), dr, dt), cond) → value (B, …), tangent (n, …) ----------------------
 
 
-def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Value, Tensor]:
     dz, dr, dt = tangents
     if len(dz) == 0:
         return u(z, r, t, **cond), dz
@@ -101,12 +106,12 @@ def dual_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
         return Dual(x, torch.full_like(x[: len(dz)], speed)) if speed else x
 
     out = u(Dual(z, dz), along(r, dr), along(t, dt), **cond)
-    if not isinstance(out, Dual):  # a function of none of them
-        return out, torch.zeros_like(dz)
-    return out.value, out.tangent
+    first = out[0] if isinstance(out, tuple) else out
+    tangent = first.tangent if isinstance(first, Dual) else torch.zeros_like(dz)  # zero: a function of none of them
+    return tuple(map(value_of, out)) if isinstance(out, tuple) else value_of(out), tangent
 
 
-def func_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+def func_jvp(u, z, r, t, tangents, cond) -> tuple[Value, Tensor]:
     """`torch.func.jvp` on the rows that need it, a plain pass on the rest."""
     dz, dr, dt = tangents
     n = len(dz)
@@ -119,11 +124,18 @@ def func_jvp(u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
     first, rest = slice(None, n), slice(n, None)
     where = (z[first], r[first].clone(), t[first].clone())  # views fail under torch.compile (2.14)
     speeds = (dz, torch.full_like(where[1], dr), torch.full_like(where[2], dt))
+
+    def heads(*zrt: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = u(*zrt, **split(first))
+        return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        value, tangent = torch.func.jvp(lambda *zrt: u(*zrt, **split(first)), where, speeds)
+        value, tangent, others = torch.func.jvp(heads, where, speeds, has_aux=True)
+    values = (value, *others)
     if n < len(z):
-        value = torch.cat([value, u(z[rest], r[rest], t[rest], **split(rest))])
-    return value, tangent.detach()
+        out = u(z[rest], r[rest], t[rest], **split(rest))
+        values = tuple(map(torch.cat, zip(values, out if isinstance(out, tuple) else (out,), strict=True)))
+    return values if others else values[0], tangent.detach()
 
 
 # --- compiled --------------------------------------------------------------------------------------------------
@@ -151,15 +163,19 @@ class CompiledDual:
         self.u: Network | None = None
         self.graphs: dict[tuple, Callable] = {}
 
-    def __call__(self, u, z, r, t, tangents, cond) -> tuple[Tensor, Tensor]:
+    def __call__(self, u, z, r, t, tangents, cond) -> tuple[Value, Tensor]:
         if self.u is None:
             self.u = u
         if u is not self.u:
             raise ValueError("a compiled derivative is that of one function; set train.compile to null")
         dz, dr, dt = tangents
-        key = (tuple(z.shape), len(dz), dr, dt, self.network.training, *sorted(cond))
+        # What is no tensor is part of the graph and no input of it.
+        fixed = {name: y for name, y in cond.items() if not isinstance(y, Tensor | None)}
+        cond = {name: y for name, y in cond.items() if name not in fixed}
+        key = (tuple(z.shape), len(dz), dr, dt, self.network.training, *sorted(cond), *sorted(fixed.items()))
         if key not in self.graphs:
-            self.graphs[key] = _compile(_ValueAndTangent(self.network, u, dr, dt), (z, r, t, dz, cond), self.mode)
+            module = _ValueAndTangent(self.network, functools.partial(u, **fixed) if fixed else u, dr, dt)
+            self.graphs[key] = _compile(module, (z, r, t, dz, cond), self.mode)
         return self.graphs[key](z, r, t, dz, cond)
 
 
@@ -170,7 +186,7 @@ class _ValueAndTangent(nn.Module):
         super().__init__()
         self.network, self.u, self.speeds = network, u, (dr, dt)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, dz: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, dz: Tensor, cond: dict[str, Tensor]) -> tuple[Value, Tensor]:
         return dual_jvp(self.u, z, r, t, (dz, *self.speeds), cond)
 
 

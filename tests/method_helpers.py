@@ -64,7 +64,7 @@ def with_gradient(network: nn.Module, loss: Tensor) -> tuple[Tensor, Tensor]:
     """The losses (B,), and the gradient of their mean in one vector."""
     network.zero_grad()
     loss.mean().backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+    return loss.detach(), torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
 def assert_close(ours, theirs, tolerance: float) -> None:

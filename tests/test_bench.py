@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from guided_helpers import GUIDED
 from report_helpers import refused
-from running import guided_latent_changes, tiny_config
+from running import guided_latent_changes, tiny_config, write_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval import bench
@@ -157,6 +158,24 @@ def test_latent_recipes_and_objectives_without_a_plain_form(tmp_path, recipe, ca
     assert "tiny: objective meanflow has no plain form to compare with" in caplog.messages
     out = capsys.readouterr().out
     assert "share of the step" in out and "images/s in" not in out
+
+
+def test_the_steps_of_another_recipe_take_turns_with_these(recipe, tmp_path, capsys):
+    other, out = recipe(model__width=4).rename(tmp_path / "other.yaml"), tmp_path / "bench.json"
+    how = ["--batch", "8", "--repeats", "1", "--rows", "step,outside", "--precisions", "fp32", "--device", "cpu"]
+    guided = write_recipe(tmp_path / "guided.yaml", **GUIDED)
+    assert bench.main([str(guided), "--against", str(other), *how, "--out", str(out)]) == 0
+    (report,) = json.loads(out.read_text())["reports"]
+    flops = {step["name"]: step["flops"] for step in report["steps"]}
+    figures = {row["name"]: row["figure"]["median"] for row in report["rows"]}
+    for name, step in (("step", "dual"), ("Flow Matching step", FLOW_MATCHING)):
+        counted = flops["dual, fp32"] / flops[f"other: {step}, fp32"]
+        assert figures[f"guided / other {name}, counted operations"] == pytest.approx(counted)
+        assert figures[f"guided / other {name}, seconds"] > 0
+    # Forward and backward pass of u and of v, a tangent for half of the samples, and v twice without gradient, as a
+    # class's and as no class's; of two blocks each branch has one of its own.
+    assert 5 < figures["guided step, counted in forward passes of u"] < 8
+    assert "guided / other step, seconds" in capsys.readouterr().out
 
 
 def test_memory_is_that_of_a_separate_process(recipe):

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from guided_helpers import guided_batch, two_heads
 from method_helpers import DIT, UNET, assert_close, batch, loss_of, small, with_gradient
 from running import ROOT, comparable_metrics, in_processes, newest, tiny_config, train_run
 from torch import nn
 from torch._functorch.aot_autograd import aot_module_simplified
 
 from meanflow.jvp import METHODS, compiled_jvp, take_jvp, value_and_jvp
+from meanflow.objectives.imeanflow import IMeanFlow
 from meanflow.training import compiling
 from meanflow.training.config import load_config
 from meanflow.training.run_folder import RunFolder
@@ -84,6 +86,16 @@ def test_dual_numbers_compile_and_give_the_same(graphs, bf16, r_eq_t):
 def test_func_compiles_and_gives_the_same(graphs, config):
     net = small(config, torch.float32)
     compared(net, net, compiled_jvp(net, "func", "default"), tiny_batch(2, config), eager=take_jvp("func"))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_with_two_outputs_compiles_and_gives_the_same(graphs, method):
+    net, objective = two_heads(torch.float32, TINY_DIT), IMeanFlow()
+    b, compiled = guided_batch(objective, torch.float32, 8, 3, TINY_DIT), compiled_jvp(net, method, "default")
+    for _ in range(2):
+        found, expected = (with_gradient(net, loss_of(net, b, objective, jvp=j)) for j in (compiled, take_jvp(method)))
+        assert_close(found, expected, 1e-5)
     assert len(graphs) == 1
 
 

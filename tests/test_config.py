@@ -9,7 +9,6 @@ import torch
 import yaml
 from running import RECIPES, ROOT, guided_latent_changes, tiny_config, tiny_tree, write_recipe
 
-from dit import DiT, DiTConfig
 from meanflow.errors import ConfigError
 from meanflow.training import settings
 from meanflow.training.batches import split_batch
@@ -147,9 +146,7 @@ def test_every_recipe_loads_builds_its_network_and_returns_from_yaml(path, tmp_p
     assert config_from_tree(settings.to_tree(config), "here") == config
     assert len(config.description) > 20 and "\n" not in config.description
     assert not re.search(r"(^|[\s:])/(?:home|work|tmp|root)", path.read_text()), "a place of one machine"
-    with torch.device("meta"):
-        network = (DiT if isinstance(config.model, DiTConfig) else UNet)(config.model)
-    assert count_parameters(network) > 1000
+    assert count_parameters(build_network(config, torch.device("meta"))) > 1000
 
 
 def test_the_cifar10_recipe_is_the_papers():
@@ -186,6 +183,31 @@ def test_the_imagenet_recipes_are_table_4(name, network, guidance, interval, epo
     assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1e-4, (0.9, 0.95), 0)
     assert (config.ema.decays, config.ema.every, objective.p, objective.c) == ((0.9999,), 1, 1.0, 1e-2)
     assert (objective.times.ratio, objective.times.mu, objective.times.sigma) == (0.25, -0.4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "parameters", "guidance", "interval"),
+    [
+        ("b2", (768, 12, 12), 88.9, 7.5, (0.4, 0.65)),
+        ("m2", (768, 24, 12), 173.9, 10.5, (0.4, 0.6)),
+        ("l2", (1024, 32, 16), 409.1, 10.5, (0.4, 0.6)),
+        ("xl2", (1024, 48, 16), 610.4, 8.0, (0.42, 0.62)),
+    ],
+)
+def test_the_imf_recipes_are_the_published_ones(name, network, parameters, guidance, interval):
+    """Sizes without the branch for v, as published; that of training has more."""
+    config = recipe_of(f"imf_{name}")
+    model, objective = config.model, config.objective
+    assert (model.width, model.depth, model.heads, model.patch, model.head_depth) == (*network, 2, 8)
+    bare = replace(config, model=replace(model, v_head=False), objective=replace(objective, velocity="boundary"))
+    assert count_parameters(build_network(bare, torch.device("meta"))) / 1e6 == pytest.approx(parameters, abs=0.05)
+    assert abs(config.train.steps * config.train.batch / 1_281_167 - 640) < 1e-3 and config.train.batch == 1024
+    assert config.optim.warmup_steps * config.train.batch / 1_281_167 == pytest.approx(10, abs=1e-3)
+    assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (1e-4, (0.9, 0.95), 0)
+    assert (config.ema.decays, objective.p, objective.c) == ((0.9999,), 1.0, 1e-2)
+    assert (objective.times.ratio, objective.times.mu, objective.times.sigma) == (0.5, -0.4, 1.0)
+    assert objective.omega_range == (1, 8) and objective.label_drop == 0.1
+    assert (config.sample.guidance, config.sample.interval) == (guidance, interval)
 
 
 def test_the_initial_network_is_a_function_of_the_seed():

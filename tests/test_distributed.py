@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guided_helpers import GUIDED
 from running import (
     comparable_metrics,
     gradients_of_step,
@@ -45,6 +46,7 @@ SCENES = {
     "labels": LABELS,
     "accumulation": {**LABELS, "train__microbatch": 4},
     "per-sample": {**SMOOTH, "objective__times__stratified": False, "objective__times__ratio": 0.3},
+    "guidance as an input": {**SMOOTH, **GUIDED, "train__batch": 12, "train__microbatch": 4},
     "flow matching": {**SMOOTH, "objective__times__ratio": 0.0, "train__microbatch": 5},
 }
 

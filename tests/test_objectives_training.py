@@ -30,13 +30,14 @@ from meanflow.training.step import make_loss
 
 CPU = torch.device("cpu")
 KINDS = Objective.kinds()
+PLAIN_NETWORK = {"imeanflow": {"velocity": "boundary", "omega_max": 1.0}}  # u(z, r, t) alone: no other head or input
 kinds = pytest.mark.parametrize("kind", KINDS)
 GUIDED = {"guidance": {"omega_prime": 2.0, "kappa": 0.5, "fade_from": 0.8, "label_drop": 0.2}}
 
 
 def config_of(kind: str, **changes):
     """The tiny run with this objective's default settings, its teacher among the averages, and half a batch r < t."""
-    objective, decays = {"kind": kind}, [0.9]
+    objective, decays = {"kind": kind, **PLAIN_NETWORK.get(kind, {})}, [0.9]
     if decay := KINDS[kind]().teacher_decay:
         decays.append(decay)
     changes = {"model__width": 4, "train__steps": 4, "ema__decays": decays, **changes}

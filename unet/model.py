@@ -6,7 +6,7 @@ load unchanged.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class UNetConfig:
     augment_labels: int = 0  # width of the augmentation-label input, 0 for none (6)
     classes: int = 0  # number of classes, 0 for unconditional
     resampling: str = "conv"  # how images are halved and doubled: conv or matmul, equal up to rounding
+    guidance_inputs: ClassVar[tuple[str, ...]] = ()  # of the network, beside labels
+    branches: ClassVar[tuple[str, ...]] = ("u",)
 
     def __post_init__(self):
         if self.image_size < 1 or self.channels < 1 or self.blocks < 1:

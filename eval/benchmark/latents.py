@@ -14,8 +14,13 @@ from meanflow.errors import AssetError
 SHAPE = (4, 32, 32)
 
 
-def write_random_latents(folder: Path, count: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> None:
-    """A finished preparation of `count` random latents. Raises AssetError if the disk has no room for it."""
+def write_random_latents(
+    folder: Path, count: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE, classes: int = 1
+) -> None:
+    """A finished preparation of `count` random latents, of each class in turn.
+
+    Raises AssetError if the disk has no room for it.
+    """
     plan = Plan(
         format=FORMAT,
         source="folder",
@@ -23,7 +28,7 @@ def write_random_latents(folder: Path, count: int, seed: int = 0, shape: tuple[i
         split="train",
         listing="random",
         files=count,
-        classes=("random",),
+        classes=tuple(f"random{k:04d}" for k in range(classes)),
         image_size=256,
         shape=shape,
         dtype="float16",
@@ -36,9 +41,10 @@ def write_random_latents(folder: Path, count: int, seed: int = 0, shape: tuple[i
         raise AssetError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: set a smaller --n")
     generator = torch.Generator().manual_seed(seed)
     for index in range(plan.shards):
-        n = len(plan.numbers(index))
+        numbers = plan.numbers(index)
         with new_shard(folder, plan, index, rank=0) as shard:
-            shard.add(torch.randn(n, 2, 2, *shape, generator=generator), [0] * n)
+            latents = torch.randn(len(numbers), 2, 2, *shape, generator=generator)
+            shard.add(latents, [k % classes for k in numbers])
     write_manifest(folder, plan, rank=0)
 
 

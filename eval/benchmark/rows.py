@@ -18,6 +18,7 @@ from meanflow.objectives import Loss, Objective
 from meanflow.objectives.base import by_rows
 from meanflow.training.batches import BatchStream
 from meanflow.training.config import RunConfig, load_config
+from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
 from meanflow.training.processes import DistributedContext
@@ -69,6 +70,7 @@ class Plan:
     modes: tuple[str, ...]  # of torch.compile, for compiled steps besides the eager ones
     rows: tuple[str, ...]
     device: torch.device
+    against: Path | None = None  # a recipe whose eager steps are measured beside these
 
     def setting(self, way: str, precision: str, compile: str | None = None) -> Setting:
         return Setting(self.recipe, self.overrides, self.batch, way, precision, compile)
@@ -93,7 +95,14 @@ class Plan:
             chosen += [self.setting(way, precision) for way in (FLOW_MATCHING, *self.jvps)]
             for mode in self.modes:
                 chosen += [self.setting(way, precision, mode) for way in (FLOW_MATCHING, self.jvps[0])]
-        return chosen + ([self.plain] if self.compares_plain else [])
+        return chosen + ([self.plain] if self.compares_plain else []) + self.others()
+
+    def others(self) -> list[Setting]:
+        """The steps of the recipe `against`, in the first precision: Flow Matching and its own."""
+        if self.against is None:
+            return []
+        how = {"recipe": self.against, "overrides": (), "label": f"{self.against.stem}: "}
+        return [replace(self.setting(way, self.precisions[0]), **how) for way in (FLOW_MATCHING, self.jvps[0])]
 
 
 def measure(plan: Plan) -> Report:
@@ -107,10 +116,11 @@ def measure(plan: Plan) -> Report:
             log.info(f"{plan.recipe.stem}: peak memory of {setting.name}")
             memory[setting.name] = peak_memory(setting, device)
     log.info(f"{plan.recipe.stem}: {len(settings)} steps, {plan.rounds} rounds")
-    steps, state = {}, None
-    for setting in settings:
-        step = Step(setting, device, None if setting.way == PLAIN else state)
-        state = state or (None if setting.way == PLAIN else step.state)
+    steps, states = {}, {}
+    for setting in settings:  # all of a recipe share its network but the plain one
+        step = Step(setting, device, None if setting.way == PLAIN else states.get(setting.recipe))
+        if setting.way != PLAIN:
+            states[setting.recipe] = step.state
         steps[setting.name] = step
     work = {s.precision: matrix_work(steps[s.name].config.train, device) for s in settings}
     products = {(precision, kind): call for precision in work for kind, (call, _) in work[precision].items()}
@@ -125,10 +135,11 @@ def measure(plan: Plan) -> Report:
     parameters = count_parameters(ours.state.network)
     share = float((ours.batch.r != ours.batch.t).float().mean())
     rows = _rows(plan, share, seconds, memory)
+    rows += _against_another(plan, {result.name: result for result in results}, config)
     if "outside" in plan.rows:
-        rows.append(_outside(config, ours.state, Spread.of(seconds[settings[1].name]).median, device))
+        rows.append(_outside(config, states[plan.recipe], Spread.of(seconds[settings[1].name]).median, device))
     if "sampling" in plan.rows:
-        rows.append(_sampling(config, ours.state, plan))
+        rows.append(_sampling(config, states[plan.recipe], plan))
     return Report(plan.recipe.stem, _name(plan), parameters, plan.batch, share, rates, results, rows)
 
 
@@ -157,6 +168,21 @@ def _rows(plan: Plan, share: float, seconds: dict[str, list[float]], memory: dic
     return rows
 
 
+def _against_another(plan: Plan, steps: dict[str, StepResult], config: RunConfig) -> list[Row]:
+    """Our step over each of the other recipe's: counted operations, and seconds round by round."""
+    if plan.against is None:
+        return []
+    ours = steps[plan.setting(plan.jvps[0], plan.precisions[0]).name]
+    forward = 2 * forward_multiply_adds(config) * plan.batch
+    rows = [Row(f"{plan.recipe.stem} step, counted in forward passes of u", Spread.of([ours.flops / forward]))]
+    for setting in plan.others():
+        other = steps[setting.name]
+        name = f"{plan.recipe.stem} / {plan.against.stem} {'Flow Matching ' * (setting.way == FLOW_MATCHING)}step"
+        rows.append(Row(f"{name}, counted operations", Spread.of([ours.flops / other.flops])))
+        rows.append(Row(f"{name}, seconds", ratio(ours.rounds, other.rounds)))
+    return rows
+
+
 def _against_plain(plan: Plan, seconds: dict, precision: str) -> Row:
     """Images/s of the fastest of our steps in `precision` over the plain one's."""
     ours = [plan.setting(plan.jvps[0], precision, mode).name for mode in (None, *plan.modes)]
@@ -173,7 +199,7 @@ def _outside(config: RunConfig, state: TrainState, step_seconds: float, device: 
     logged = Loss(numbers, by_rows(numbers, torch.zeros(batch), torch.arange(batch) % 2))
     steps = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
-        stream = BatchStream(_random_data(config, Path(folder)), _without_classes(config), alone)
+        stream = BatchStream(_random_data(config, Path(folder)), config, alone)
         written = MetricsLog(Path(folder) / "metrics.jsonl", alone, config.logging.flush_every, 0.0)
 
         def metrics() -> None:
@@ -195,17 +221,14 @@ def _outside(config: RunConfig, state: TrainState, step_seconds: float, device: 
     return Row("share of the step for data, augmentation, EMA and metrics", Spread.of(shares))
 
 
-def _without_classes(config: RunConfig) -> RunConfig:
-    return replace(config, model=replace(config.model, classes=0))
-
-
 def _random_data(config: RunConfig, folder: Path) -> Dataset | Latents:
-    shape = config.z_shape
+    shape, classes = config.z_shape, config.model.classes
     if isinstance(config.data, LatentsConfig):
-        write_random_latents(folder, IMAGES, shape=shape)
+        write_random_latents(folder, IMAGES, shape=shape, classes=classes or 1)
         return verify(folder)
     images = torch.randint(0, 256, (IMAGES, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Dataset(images, None, ())
+    labels = torch.arange(IMAGES) % classes if classes else None
+    return Dataset(images, labels, tuple(map(str, range(classes))))
 
 
 def _sampling(config: RunConfig, state: TrainState, plan: Plan) -> Row:

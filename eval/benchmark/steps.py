@@ -47,10 +47,11 @@ class Setting:
     way: str
     precision: str
     compile: str | None  # mode of torch.compile
+    label: str = ""  # tells it from the steps of another recipe
 
     @property
     def name(self) -> str:
-        return f"{self.way}, {self.precision}{f', compiled ({self.compile})' if self.compile else ''}"
+        return f"{self.label}{self.way}, {self.precision}{f', compiled ({self.compile})' if self.compile else ''}"
 
     def config(self) -> RunConfig:
         """Without guidance, whose passes are no part of the derivative's cost. Raises ConfigError."""

@@ -35,6 +35,7 @@ class Score:
     reference: str
     why: str
     command: str
+    guidance: str = ""  # where it is an input of the network: "ω 2", "ω 7.5 in [0.4, 0.65]"
 
     @property
     def is_distance(self) -> bool:
@@ -43,7 +44,7 @@ class Score:
 
     @property
     def how(self) -> str:
-        return f"{self.nfe}-NFE, EMA {self.ema}, N {self.n:,}"
+        return f"{self.nfe}-NFE, {f'{self.guidance}, ' if self.guidance else ''}EMA {self.ema}, N {self.n:,}"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _scores(path: Path) -> list[Score]:
             "reference": str(protocol["reference"]["spec"]),
             "why": _why_not(result),
             "command": str(result["circumstances"]["command"]),
+            "guidance": _guidance(protocol),
         }
         complete = result["status"] == "complete"
         metrics = {
@@ -212,6 +214,14 @@ def _scores(path: Path) -> list[Score]:
         for metric, value in metrics.items()
         if not ("_std" in metric and metric.replace("_std", "_mean") in metrics)
     ]
+
+
+def _guidance(protocol: dict[str, Any]) -> str:
+    """As meanflow.guidance.GuidanceInput writes it, which would need PyTorch."""
+    if "guidance" not in protocol:
+        return ""
+    low, high = map(float, protocol["interval"])
+    return f"ω {float(protocol['guidance']):g}" + ("" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]")
 
 
 def _why_not(result: dict[str, Any]) -> str:

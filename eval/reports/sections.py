@@ -131,7 +131,14 @@ def scores(runs: tuple[RunRecord, ...]) -> Html:
 def _score_cells(score: Score) -> list[object]:
     value = "unfinished" if score.value is None else number(score.value)
     value += "" if score.deviation is None else f" ± {number(score.deviation)}"
-    how = [score.nfe, score.ema, f"{score.n:,}", f"{score.step:,}", score.extractor, score.reference]
+    how = [
+        f"{score.nfe}, {score.guidance}" if score.guidance else score.nfe,
+        score.ema,
+        f"{score.n:,}",
+        f"{score.step:,}",
+        score.extractor,
+        score.reference,
+    ]
     return [score.metric, value, *how, f"no: {score.why}" if score.why else "yes"]
 
 

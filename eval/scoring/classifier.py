@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from eval.scoring.options import guidance_name
 from eval.scoring.sources import Sampling, draw_labels
 from meanflow.data import DataConfig, Dataset, LatentsConfig, load_dataset
 from meanflow.data.dataset import digits
 from meanflow.errors import AssetError, UserError
 from meanflow.files import read_json, write_json
+from meanflow.guidance import GuidanceInput
+from meanflow.training.config import RunConfig
 from meanflow.training.model import Model, generate, to_uint8
 from meanflow.training.run_folder import RunFolder
 
@@ -38,9 +41,10 @@ class ClassifierAccuracy:
     seed: int
 
 
-def accuracy_file(run: RunFolder, step: int, ema: str, steps: int) -> Path:
+def accuracy_file(run: RunFolder, step: int, ema: str, steps: int, guidance: GuidanceInput | None = None) -> Path:
     """Its name, and the key `agreement` in it, are as in the first version of this kit."""
-    return run.path / f"agreement-step{step:08d}-ema{ema}-nfe{steps}.json"
+    guided = "" if guidance is None else guidance_name(guidance.omega, guidance.interval)
+    return run.path / f"agreement-step{step:08d}-ema{ema}-nfe{steps}{guided}.json"
 
 
 def write_accuracy(path: Path, found: ClassifierAccuracy) -> None:
@@ -59,19 +63,32 @@ def read_accuracy(path: Path) -> ClassifierAccuracy | None:
         raise AssetError(f"{path}: is not a classifier's result ({error}); move it away") from error
 
 
-def classifier_accuracy(model: Model, n: int, steps: int, seed: int = 0) -> ClassifierAccuracy:
-    """Judge n samples with uniformly random labels. Raises UserError for a run without classes or with large images."""
-    config = model.config
+def classifiable(config: RunConfig) -> str | None:
+    """Why samples of this run cannot be judged; None if they can."""
     if not config.model.classes:
-        raise UserError(f"{model.path}: is unconditional, so no class was asked for")
+        return "is unconditional, so no class was asked for"
     if np.prod(config.image_shape) > MAX_PIXELS:
-        raise UserError(f"{model.path}: a classifier of pixels says nothing about images of {config.image_shape}")
+        return f"a classifier of pixels says nothing about images of {config.image_shape}"
+    return None
+
+
+def classifier_accuracy(
+    model: Model, n: int, steps: int, seed: int = 0, guidance: GuidanceInput | None = None
+) -> ClassifierAccuracy:
+    """Judge n samples with uniformly random labels, of this guidance where it is an input of the network.
+
+    Raises UserError for a run without classes or with large images.
+    """
+    config = model.config
+    if reason := classifiable(config):
+        raise UserError(f"{model.path}: {reason}")
     classifier, real = _fitted_to(config.data, config.model.image_size, config.model.channels)
     labels = draw_labels(Sampling(n, seed, "random", config.sample.uint8), config.model.classes)
-    right = 0
+    right, how = 0, {} if guidance is None else {"guidance": guidance}
     for start in range(0, n, BATCH):
         asked = labels[start : start + BATCH]
-        images = to_uint8(generate(model, start, start + len(asked), steps, seed, asked), config.sample.uint8).cpu()
+        images = generate(model, start, start + len(asked), steps, seed, asked, **how)
+        images = to_uint8(images, config.sample.uint8).cpu()
         right += int((classifier.predict(_features(images)) == asked.numpy()).sum())
     return ClassifierAccuracy(right / n, real, n, steps, model.ema, seed)
 

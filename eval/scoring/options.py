@@ -41,6 +41,15 @@ def add_set(parser, what: str = "override settings") -> None:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY.PATH=VALUE", help=what)
 
 
+def add_guidance(parser) -> None:
+    """--guidance ω and --interval t_min,t_max, of networks that take guidance as an input."""
+    help_ = "guidance scale ω, where it is an input of the network (the recipe's sample.guidance)"
+    parser.add_argument("--guidance", type=scale, help=help_)
+    parser.add_argument(
+        "--interval", type=interval, metavar="A,B", help="t in which it holds (the recipe's sample.interval)"
+    )
+
+
 def add_out(parser, what: str) -> None:
     """--out FILE and --overwrite; see `check_out`."""
     parser.add_argument("--out", type=path, help=what)
@@ -90,6 +99,33 @@ def grid(text: str) -> tuple[float, ...]:
     return times
 
 
+def scale(text: str) -> float:
+    """A guidance scale ω ≥ 1."""
+    try:
+        omega = float(text)
+    except ValueError:
+        omega = 0.0
+    if not 1 <= omega < float("inf"):
+        raise ArgumentTypeError(f"give a guidance scale of 1 (none) or more, not {text!r}")
+    return omega
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """Guidance scales, separated by commas; each once."""
+    return tuple(dict.fromkeys(scale(part) for part in text.split(",")))
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The interval of t with guidance, such as 0.4,0.65."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ArgumentTypeError(f"give t_min,t_max with 0 ≤ t_min ≤ t_max ≤ 1, such as 0.4,0.65, not {text!r}")
+    return low, high
+
+
 def metrics(text: str) -> tuple[str, ...]:
     """Names of metrics, separated by commas; each once."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -101,6 +137,11 @@ def metrics(text: str) -> tuple[str, ...]:
 def steps_name(steps: int, times: tuple[float, ...] | None = None) -> str:
     """For file names: "nfe2", and for another time grid than the even one "nfe2-grid1-0.6-0"."""
     return f"nfe{steps}" if times is None else f"nfe{len(times) - 1}-grid{'-'.join(f'{t:g}' for t in times)}"
+
+
+def guidance_name(omega: float, times: tuple[float, float]) -> str:
+    """For file names: "-w7.5", and if guidance is not everywhere "-w7.5-t0.4-0.65"."""
+    return f"-w{omega:g}" + ("" if times == (0, 1) else f"-t{times[0]:g}-{times[1]:g}")
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -144,6 +144,22 @@ def result(
     }
 
 
+def best_guidance(results: list[dict], metric: str) -> list[str]:
+    """For each EMA and NFE of which several guidances were scored: which has the least `metric`, a distance."""
+    groups: dict[tuple, list[dict]] = {}
+    for item in results:
+        if "guidance" in (how := item["protocol"]) and metric in item["metrics"]:
+            groups.setdefault((how["ema"], tuple(how["time_grid"])), []).append(item)
+    lines = []
+    for (ema, grid), items in groups.items():
+        if len(items) > 1:
+            best = min(items, key=lambda item: item["metrics"][metric])
+            (low, high), value = best["protocol"]["interval"], best["metrics"][metric]
+            chosen = f"--guidance {best['protocol']['guidance']:g} --interval {low:g},{high:g}"
+            lines.append(f"best of {len(items)} at NFE {len(grid) - 1}, EMA {ema}: {chosen}, {metric} {value:.4f}")
+    return lines
+
+
 def table(results: list[dict]) -> str:
     """Results as text, a row for each target. Fewer than 50,000 samples: "not comparable"."""
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))

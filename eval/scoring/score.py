@@ -93,6 +93,25 @@ def score_run(run: RunFolder, config: RunConfig, ctx: DistributedContext, what: 
     return evaluate(request, targets, ctx) or []
 
 
+def score_guidance(
+    run: RunFolder,
+    config: RunConfig,
+    ctx: DistributedContext,
+    guidances: tuple[float, ...],
+    interval: tuple[float, float] | None,
+    n: int,
+    steps: int,
+    ema: str | None,
+) -> list[dict]:
+    """Score the newest checkpoint at several guidance scales, on one set of noises and labels: see `score_run`."""
+    path, checkpoint = open_checkpoint(run.path)
+    sampling, digest = Sampling(n, SEED, "random", config.sample.uint8), sha256_file(path)
+    guided = {"guidances": guidances, "intervals": (interval,)}
+    targets = targets_of(path, checkpoint, digest, ema, (steps,), sampling, ctx.device, **guided)
+    request = _request(run, config, _extractor(config, ctx), recipe_reference(config))
+    return evaluate(request, targets, ctx) or []
+
+
 class ScoreDuring:
     """The hook of `meanflow.training.loop.train`: scores every EMA at every `eval.steps`, and keeps the best.
 
@@ -191,6 +210,7 @@ def closing_table(config: RunConfig, run: RunFolder, results: list[dict[str, Any
     lines = [f"{name:<{width}}  {value:>9}  {count:>9}".rstrip() for name, value, count in cells]
     files = {
         "samples": run.path / "samples.png",
+        **({"guidance": run.path / "guidance.png"} if config.eval.guidance else {}),
         "curves": run.curves,
         "scores": run.eval,
         "metrics": run.metrics_file,

@@ -1,5 +1,6 @@
 """What is evaluated: image files, or samples of a network under each of several EMAs and time grids."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from eval.scoring.files import read_npz, sha256_images
-from eval.scoring.options import steps_name
+from eval.scoring.options import guidance_name, steps_name
 from meanflow.data import LatentsConfig
 from meanflow.data.archives import open_source
 from meanflow.data.images import MODES, arrange, load_images
 from meanflow.errors import AssetError, UserError
+from meanflow.guidance import GuidanceInput
 from meanflow.random import generator
 from meanflow.sampling import time_grid
 from meanflow.training.checkpoint import Checkpoint
@@ -154,18 +156,28 @@ class Sampling:
 class GeneratedSource:
     """Samples of a network: sample k is a function of (seed, k, times, weights), not of the batch or process.
 
-    weights: what identifies them, for `describe`. times: the time grid, descending from 1 to 0.
+    weights: what identifies them, for `describe`. times: the time grid, descending from 1 to 0. guidance: where it is
+    an input of the network; None: the recipe's.
     """
 
-    def __init__(self, model: Model, weights: str, times: tuple[float, ...], sampling: Sampling):
+    def __init__(
+        self,
+        model: Model,
+        weights: str,
+        times: tuple[float, ...],
+        sampling: Sampling,
+        guidance: GuidanceInput | None = None,
+    ):
         self.n, self.shape = sampling.n, model.config.image_shape
         self.flops = sample_flops(model.config, len(times) - 1)
         self._model, self._weights, self._times, self._sampling = model, weights, times, sampling
+        self._guidance = guidance
         self._labels = draw_labels(sampling, model.config.model.classes)
 
     def images(self, start: int, stop: int) -> Tensor:
         labels = None if self._labels is None else self._labels[start:stop]
-        samples = generate(self._model, start, stop, len(self._times) - 1, self._sampling.seed, labels, self._times)
+        how = len(self._times) - 1, self._sampling.seed, labels, self._times, self._guidance
+        samples = generate(self._model, start, stop, *how)
         return to_uint8(samples, self._sampling.quantise).cpu()
 
     def describe(self) -> dict:
@@ -213,11 +225,14 @@ def targets_of(
     sampling: Sampling,
     device: torch.device,
     grids: tuple[tuple[float, ...], ...] = (),
+    guidances: tuple[float | None, ...] = (None,),
+    intervals: tuple[tuple[float, float] | None, ...] = (None,),
 ) -> list[EvalTarget]:
-    """Samples of a checkpoint for each EMA × time grid, named like "step00002000-ema0.999-nfe1-n5000".
+    """Samples of a checkpoint for each EMA × time grid × guidance, named like "step00002000-ema0.999-nfe1-n5000".
 
     ema: a decay, "weights", "all" (every EMA kept), or None for the recipe's. digest: the checkpoint's
-    sha256. grids: time grids besides the even ones of `steps`. Raises UserError for an EMA that is not there.
+    sha256. grids: time grids besides the even ones of `steps`. guidances, intervals: every scale in every interval;
+    None: the recipe's. Raises UserError for an EMA that is not there, and guidance that the network does not take.
     """
     names = list(checkpoint.ema) if ema == "all" else [ema]
     times = {steps_name(count): time_grid(count) for count in steps} | {steps_name(0, grid): grid for grid in grids}
@@ -226,9 +241,14 @@ def targets_of(
         model = model_of(path, checkpoint, name, device)
         meta = checkpoint.meta
         about = {"checkpoint": str(path), "checkpoint_sha256": digest, "step": meta["step"], "images": meta["images"]}
-        for label, grid in times.items():
+        guided = [model.guided(omega, interval) for interval in intervals for omega in guidances]
+        for (label, grid), guidance in itertools.product(times.items(), dict.fromkeys(guided)):
             how = {"nfe": len(grid) - 1, "time_grid": list(grid), "ema": model.ema, "seed": sampling.seed}
             label = f"step{meta['step']:08d}-ema{model.ema}-{label}-n{sampling.n}"
             label += "" if sampling.labels == RANDOM else f"-labels-{sampling.labels}"
-            out.append(EvalTarget(label, GeneratedSource(model, f"{digest}:{model.ema}", grid, sampling), how, about))
+            if guidance is not None:
+                label += guidance_name(guidance.omega, guidance.interval)
+                how |= {"guidance": guidance.omega, "interval": list(guidance.interval)}
+            source = GeneratedSource(model, f"{digest}:{model.ema}", grid, sampling, guidance)
+            out.append(EvalTarget(label, source, how, about))
     return out

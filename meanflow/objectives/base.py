@@ -33,9 +33,9 @@ class Loss:
 class Objective(ABC):
     """A training objective: a frozen dataclass of its settings, with a `kind` and the methods below.
 
-    `needs_jvp`: whether `loss` calls `jvp`. `titles` explains logged values in curves. `plain(u, x, eps, r, t, v=None,
-    **cond)` → (B,), where there is one, is the objective as printed in its paper, not optimised: the specification that
-    tests and benchmarks compare `loss` with.
+    `needs_jvp`: whether `loss` calls `jvp`; `needs_frozen`: whether it is given `frozen`. `titles` explains logged
+    values in curves. `plain(u, x, eps, r, t, v=None, **cond)` → (B,), where there is one, is the objective as printed
+    in its paper, not optimised: the specification that tests and benchmarks compare `loss` with.
 
     `sampler`: how its networks are sampled, one of `meanflow.sampling.SAMPLERS`. `learns_velocity`: whether u(z, t, t)
     is trained, which guidance in the target evaluates. `same_dropout`: whether two passes of `loss` must have the same
@@ -43,6 +43,7 @@ class Objective(ABC):
     """
 
     needs_jvp: ClassVar[bool] = False
+    needs_frozen: ClassVar[bool] = False
     sampler: ClassVar[str] = "flow_map"
     learns_velocity: ClassVar[bool] = True
     same_dropout: ClassVar[bool] = False
@@ -85,13 +86,25 @@ class Objective(ABC):
         """Whether the number of rows with r ≠ t differs from batch to batch."""
         return False
 
-    @abstractmethod
-    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """n pairs (r, t), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1."""
+    @property
+    def omega_range(self) -> tuple[float, float] | None:
+        """Guidance scales ω that the network is trained with as an input, from and to; None: ω is no input."""
+        return None
+
+    def check_network(self, inputs: tuple[str, ...], heads: tuple[str, ...], classes: int) -> None:
+        """Raises ValueError, naming the setting to change, for a network that this objective cannot train.
+
+        inputs: keywords besides the labels that it is conditioned on; heads: its outputs; classes: 0 for none.
+        """
+        return None
 
     def sample_cond(self, r: Tensor, t: Tensor, classes: int, generator: Generator | None) -> dict[str, Tensor]:
         """What else is random about n samples: keywords for `loss`, each (n, …) on the CPU, for these times (n,)."""
         return {}
+
+    @abstractmethod
+    def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """n pairs (r, t), each (n,) float32 on the CPU, 0 ≤ r ≤ t ≤ 1."""
 
     @abstractmethod
     def loss(
@@ -106,6 +119,7 @@ class Objective(ABC):
         jvp: Callable = value_and_jvp,
         progress: float = 0.0,
         teacher: Network | None = None,
+        frozen: Network | None = None,
         **cond: Tensor | None,
     ) -> Loss:
         """The loss of each sample.
@@ -115,8 +129,19 @@ class Objective(ABC):
         v (B, …): the velocity field to learn from, by default the conditional ε − x; guidance passes its own (Eq. 21).
         jvp: how derivatives are taken, see `meanflow.jvp.value_and_jvp`. progress: k/K after k of K steps, in [0, 1).
         teacher(z, r, t, **cond): u by averaged weights, without dropout or gradient, where `teacher_decay` asks for it.
-        cond: what else the network takes, and what `sample_cond` has drawn, (B, …).
+        frozen(z, r, t, **cond): u itself, without dropout or gradient; given only where `needs_frozen` asks for it.
+        cond: what else the network takes, (B, …), and what `sample_cond` drew.
         """
+
+
+def without_gradient(u: Network) -> Network:
+    """u as a constant."""
+
+    @torch.no_grad()
+    def frozen(*args: Tensor, **cond: Tensor | str | None) -> Tensor:
+        return u(*args, **cond)
+
+    return frozen
 
 
 def per_row(time: Tensor, x: Tensor) -> Tensor:

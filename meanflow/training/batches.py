@@ -28,10 +28,9 @@ Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the globa
 class MicroBatch:
     """b samples, those with r ≠ t first.
 
-    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords (LABELS), and
-    what the objective's `sample_cond` has drawn; unconditional (b,) bool
-    on the CPU: which samples train without a class label, if the run has guidance; progress: the fraction of training
-    that is done, in [0, 1).
+    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords (LABELS) and
+    what the objective drew (`Objective.sample_cond`); unconditional (b,) bool on the CPU: which samples train without a
+    class label, if the run has guidance; progress: the fraction of training that is done, in [0, 1).
     """
 
     x: Tensor

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dit import DiTConfig
+from dit import DiTConfig, IMFConfig
 from meanflow.data import DataConfig, LatentsConfig
 from meanflow.errors import ConfigError
-from meanflow.guidance import GuidanceConfig
+from meanflow.guidance import GuidanceConfig, GuidanceInput
 from meanflow.jvp import METHODS
 from meanflow.objectives import Objective
 from meanflow.training import settings
@@ -214,6 +214,8 @@ class SampleConfig:
     steps: int = 1  # network evaluations a sample (NFE)
     seed: int = 0  # of the noise
     uint8: str = "round"  # round: 127.5·x + 128 truncated (ImageNet release); floor: ⌊255·(x + 1)/2⌋ (CIFAR-10 release)
+    guidance: float | None = None  # ω ≥ 1 of samples and scores, where it is an input of the network; null: 1, none
+    interval: tuple[float, float] | None = None  # [t_min, t_max] in which it holds; null: all of [0, 1]
 
     def __post_init__(self):
         if min(self.count, self.columns, self.steps) < 1:
@@ -222,6 +224,7 @@ class SampleConfig:
             raise ValueError("seed must be ≥ 0")
         if self.uint8 not in UINT8_RULES:
             raise ValueError(f"uint8 must be one of {', '.join(UINT8_RULES)}, got {self.uint8!r}")
+        GuidanceInput(1.0 if self.guidance is None else self.guidance, self.interval or (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ class EvalConfig:
     batch: int = 100  # images at once
     every: int | None = None  # training steps between evaluations; null: only at the end
     every_samples: int = 10_000  # samples of each evaluation on the way
+    guidance: tuple[float, ...] = ()  # scales ω to compare at the end, see eval/sweep.py; empty: none are
 
     def __post_init__(self):
         if self.samples < 2 or self.every_samples < 2:
@@ -245,6 +249,8 @@ class EvalConfig:
             raise ValueError(f"steps must be one or more numbers ≥ 1, got {self.steps}")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every must be ≥ 1 or null, got {self.every}")
+        for omega in self.guidance:
+            GuidanceInput(omega)
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ class RunConfig:
     """One complete run. Raises ValueError, naming the fields, where its parts contradict each other."""
 
     description: str  # a line for lists and reports
-    model: UNetConfig | DiTConfig
+    model: UNetConfig | DiTConfig | IMFConfig
     data: DataConfig | LatentsConfig
     objective: Objective
     optim: OptimConfig
@@ -296,6 +302,18 @@ class RunConfig:
             )
         if self.train.tangent_precision and not self.objective.needs_jvp:
             raise ValueError(f"train.tangent_precision has no effect: objective.kind={kind} takes no derivative")
+        self.objective.check_network(self.model.guidance_inputs, self.model.branches, self.model.classes)
+        if self.objective.omega_range is not None and self.guidance is not None:
+            raise ValueError(
+                "guidance is a fixed scale in the target, but this objective trains with the scale as an input of the "
+                "network: set guidance=null"
+            )
+        chosen = self.sample.guidance, self.sample.interval, self.eval.guidance or None
+        if self.objective.omega_range is None and any(value is not None for value in chosen):
+            raise ValueError(
+                "sample.guidance, sample.interval and eval.guidance need an objective that trains with guidance as an "
+                "input of the network: set them to null, null and []"
+            )
         teacher = self.objective.teacher_decay
         if teacher is not None and (teacher not in self.ema.decays or self.ema.store != "device"):
             raise ValueError(
@@ -323,7 +341,7 @@ class RunConfig:
 
     @property
     def augment_labels(self) -> int:
-        """Width of the network's augmentation-label input; a DiT has none."""
+        """Width of the network's augmentation-label input; the others have none."""
         return self.model.augment_labels if isinstance(self.model, UNetConfig) else 0
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from meanflow.data import batch_indices
 from meanflow.errors import NumericsError
-from meanflow.objectives import Objective
 from meanflow.random import derive_seed
 from meanflow.training.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from meanflow.training.config import RunConfig
@@ -151,10 +150,10 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
     done = failed.step - 1
     seed, batch = config.seed, config.train.batch
     purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip"))]
-    if type(config.objective).sample_cond is not Objective.sample_cond:
-        purposes.append("conditioning")
     if config.guidance is not None:
         purposes.append("label drop")
+    if config.objective.sample_cond(torch.zeros(1), torch.ones(1), config.model.classes, torch.Generator()):
+        purposes.append("conditioning")
     failure = {
         "step": failed.step,
         "what": failed.what,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meanflow.data import LatentsConfig
 from meanflow.data.codec import Codec, open_codec
 from meanflow.errors import NumericsError, UserError
+from meanflow.guidance import GuidanceInput
 from meanflow.logs import log
 from meanflow.random import derive_seed
 from meanflow.sampling import sample
@@ -45,20 +46,48 @@ class Model:
         classes: int | list[int] | Tensor | None = None,
         grid: tuple[float, ...] | None = None,
         batch: int = 256,
+        guidance: float | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """n samples as float32 images (n, C, H, W), about [−1, 1], on the CPU.
 
         steps: network evaluations a sample; grid: the times themselves, from 1 to 0, in their place. classes: one for
         all, or one for each; by default each class in turn. batch: samples at once, which changes nothing but memory.
-        Raises UserError for classes that the network does not know, ValueError for steps or a grid that is none.
+        guidance, interval: where they are an input of the network, see `guided`. Raises UserError for classes that the
+        network does not know and for guidance that it does not take, ValueError for steps or a grid that is none.
         """
+        chosen_guidance = self.guided(guidance, interval)
         labels = self.class_labels(n, classes)
         parts = []
         for start in range(0, n, batch):
             stop = min(start + batch, n)
             chosen = None if labels is None else labels[start:stop]
-            parts.append(generate(self, start, stop, steps, seed, chosen, grid).cpu())
+            parts.append(generate(self, start, stop, steps, seed, chosen, grid, chosen_guidance).cpu())
         return torch.cat(parts) if parts else torch.empty(0, *self.config.image_shape)
+
+    def guided(
+        self, guidance: float | None = None, interval: tuple[float, float] | None = None
+    ) -> GuidanceInput | None:
+        """Guidance of samples: the scale ω and the interval of t in which it holds, each by default the recipe's.
+
+        None where it is no input of the network. Raises UserError if it is given all the same, and for a scale below 1.
+        Above the scales of training it is a matter of extrapolation, which the published settings make use of: a
+        warning says so.
+        """
+        trained, default = self.config.objective.omega_range, self.config.sample
+        if trained is None:
+            if guidance is not None or interval is not None:
+                raise UserError(
+                    f"{self.path}: guidance is no input of this network: it cannot be chosen after training"
+                )
+            return None
+        if guidance is not None and guidance > trained[1]:
+            log.warning(f"guidance {guidance:g} is above {trained[1]:g}, the largest scale in training")
+        omega = default.guidance if guidance is None else guidance
+        try:
+            return GuidanceInput(1.0 if omega is None else omega, interval or default.interval or (0.0, 1.0))
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
     def class_labels(self, n: int, classes: int | list[int] | Tensor | None = None) -> Tensor | None:
         """(n,) int64, None if unconditional. Raises UserError for classes that are not there, or too many or few."""
@@ -164,10 +193,12 @@ def generate(
     seed: int,
     labels: Tensor | None = None,
     grid: tuple[float, ...] | None = None,
+    guidance: GuidanceInput | None = None,
 ) -> Tensor:
     """Samples start … stop − 1 as float32 images (B, C, H, W), about [−1, 1], on the model's device.
 
-    labels (B,) int64: the classes asked for, None for unconditional. Raises NumericsError if one is not finite.
+    labels (B,) int64: the classes asked for, None for unconditional. guidance: where it is an input of the network;
+    None: the recipe's. Raises NumericsError if a sample is not finite.
     """
 
     def draw(step: int) -> Tensor:
@@ -175,6 +206,9 @@ def generate(
         return z.to(model.device).contiguous(memory_format=torch.channels_last)
 
     cond = {} if labels is None else {"class_labels": labels.to(model.device)}
+    guidance = model.guided() if guidance is None else guidance
+    if guidance is not None:
+        cond |= guidance.inputs(stop - start, model.device)
     sampler = model.config.objective.sampler
     images = sample(model.network, draw(0), steps, grid, sampler=sampler, noise=draw, **cond)
     if model.codec is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit import DiT, DiTConfig
+from dit import IMF, DiT, DiTConfig, IMFConfig
 from meanflow.errors import AssetError, ConfigError, write_errors_named
 from meanflow.random import derive_seed
 from meanflow.training import settings
@@ -19,9 +19,10 @@ from meanflow.training.config import WEIGHTS, EmaConfig, InitConfig, OptimConfig
 from meanflow.training.divergence import Guard
 from meanflow.training.radam import RAdam
 from meanflow.training.run_folder import environment, find_checkpoint
-from unet import UNet
+from unet import UNet, UNetConfig
 
 NAMES_SHOWN = 4
+BACKBONES = {UNetConfig: UNet, DiTConfig: DiT, IMFConfig: IMF}
 
 
 @dataclass
@@ -55,8 +56,7 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     first = device if device.type == "meta" else torch.device("cpu")  # whose weights are the same for every device
     with torch.random.fork_rng(devices=[]), first:
         torch.manual_seed(derive_seed(config.seed, "init"))
-        backbone = DiT if isinstance(config.model, DiTConfig) else UNet
-        network = backbone(config.model)
+        network = BACKBONES[type(config.model)](config.model)
     return network.to(device=device, memory_format=torch.channels_last)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from meanflow.dual import tangents_in
+from meanflow.dual import tangents_in, value_of
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
 from meanflow.objectives import Loss
@@ -49,6 +49,7 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
     elif mode is not None:
         u = torch.compile(u, dynamic=False, mode=mode)
     teacher = None if config.objective.teacher_decay is None else averaged(network, ema, config)
+    constant = {"frozen": frozen(u, network)} if config.objective.needs_frozen else {}
 
     def loss(batch: MicroBatch) -> Loss:
         if mode is not None:  # CUDA graphs: what the call before returned may be overwritten
@@ -59,9 +60,8 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
             null_class = torch.full_like(cond["class_labels"], config.model.classes)
             unconditional = batch.unconditional.to(device, non_blocking=True)
             cond = {**cond, "class_labels": torch.where(unconditional, null_class, cond["class_labels"])}
-        return config.objective.loss(
-            u, batch.x, batch.eps, batch.r, batch.t, v=v, jvp=jvp, progress=batch.progress, teacher=teacher, **cond
-        )
+        how = {"v": v, "jvp": jvp, "progress": batch.progress, "teacher": teacher, **constant}
+        return config.objective.loss(u, batch.x, batch.eps, batch.r, batch.t, **how, **cond)
 
     return loss
 
@@ -72,22 +72,23 @@ def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
     Only the blocks run in bf16. Times, labels, the first and the last layer stay float32: rounded to bf16, times near
     1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
+    primal = {"primal": value_of} if "v" in network.config.branches else {}  # no derivative of v is needed
     run_block = RUN_BLOCK[config.activation_checkpointing if config.compile_mode is None else None]
     if config.precision == "bf16":  # a context that is entered but disabled would still be part of a compiled graph
 
-        def run_in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        def run_in_bf16(block: nn.Module, x: Tensor, *inputs: Tensor) -> Tensor:
             with torch.autocast(x.device.type, dtype=torch.bfloat16):
-                return run_block(block, x, emb)
+                return run_block(block, x, *inputs)
 
-        return functools.partial(network, run_block=run_in_bf16)
+        return functools.partial(network, run_block=run_in_bf16, **primal)
     if config.tangent_precision == "bf16":
 
-        def run_tangent_in_bf16(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        def run_tangent_in_bf16(block: nn.Module, x: Tensor, *inputs: Tensor) -> Tensor:
             with tangents_in(torch.bfloat16):
-                return run_block(block, x, emb)
+                return run_block(block, x, *inputs)
 
-        return functools.partial(network, run_block=run_tangent_in_bf16)
-    return functools.partial(network, run_block=run_block)
+        return functools.partial(network, run_block=run_tangent_in_bf16, **primal)
+    return functools.partial(network, run_block=run_block, **primal)
 
 
 def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
@@ -100,6 +101,17 @@ def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
             return torch.func.functional_call(network, weights, (z, r, t), cond)
 
     return teacher
+
+
+def frozen(u: Network, network: nn.Module) -> Network:
+    """u as it is now, in evaluation mode and without gradient. `network`: whose mode that is."""
+
+    @torch.no_grad()
+    def constant(z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | str | None) -> Tensor:
+        with evaluating(network):
+            return u(z, r, t, **cond)
+
+    return constant
 
 
 def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig) -> Tensor:
