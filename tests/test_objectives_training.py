@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from method_helpers import perturbed
+from method_helpers import UNET, perturbed
 from running import (
     assert_equal_runs,
     comparable_metrics,
@@ -118,6 +118,7 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.config = UNET
         self.first, self.last, self.times = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3, padding=2), nn.Linear(2, 4)
 
     def forward(self, z, r, t, run_block=None):
@@ -127,7 +128,7 @@ class Small(nn.Module):
 
 @kinds
 def test_compiled_steps_are_the_eager_ones(kind, monkeypatch):
-    """At two stages of the schedules. `aot_eager` traces as torch.compile does and runs the graph as it is."""
+    """In the middle of the schedules. `aot_eager` traces as torch.compile does and runs the graph as it is."""
     original, given = torch.compile, []
 
     def compile(function, dynamic, mode, **how):
@@ -140,11 +141,9 @@ def test_compiled_steps_are_the_eager_ones(kind, monkeypatch):
     network = Small()
     ema = Ema(network, config.ema)
     compiled = replace(config, train=replace(config.train, compile="default"))
-    for progress in (0.66, 0.99):
-        batch = replace(random_batch(config, 8, CPU), progress=progress)
-        found, expected = (gradient_of(how, network, ema, batch) for how in (compiled, config))
-        assert (found - expected).norm() < 1e-5 * expected.norm()
-    assert given
+    batch = replace(random_batch(config, 8, CPU), progress=0.66)
+    found, expected = (gradient_of(how, network, ema, batch) for how in (compiled, config))
+    assert given and (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @kinds
