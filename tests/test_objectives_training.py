@@ -25,10 +25,10 @@ from meanflow.training import compiling
 from meanflow.training.batches import random_batch
 from meanflow.training.model import Model, noise
 from meanflow.training.run_folder import RunFolder
-from meanflow.training.state import Ema, fresh_state
+from meanflow.training.state import Ema, build_network, fresh_state
 from meanflow.training.step import make_loss
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 KINDS = Objective.kinds()
 PLAIN_NETWORK = {"imeanflow": {"velocity": "boundary", "omega_max": 1.0}}  # u(z, r, t) alone: no other head or input
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +111,20 @@ def test_both_backbones_in_every_way_of_computing(kind, backbone):
     for change, tolerance in ({"activation_checkpointing": "blocks"}, 1e-5), ({"precision": "bf16"}, 0.1):
         found = compute(replace(config, train=replace(config.train, **change)))
         assert (found - expected).norm() < tolerance * expected.norm(), change
+
+
+@kinds
+def test_a_step_does_not_wait_for_the_device_and_logs_what_is_on_it(kind):
+    """On the meta device, whose numbers no host can read; r and t are on the CPU, as in training."""
+    guidance = GUIDED if KINDS[kind].learns_velocity else {}
+    config = config_of(kind, model__classes=10, train__microbatch=None, **guidance)
+    network = build_network(config, META).train()
+    loss = make_loss(network, config, META, Ema(network, config.ema))
+    out = loss(replace(random_batch(config, 16, META), progress=0.66))
+    out.mean.backward()
+    logged = [value[0] if isinstance(value, tuple) else value for value in out.logged.values()]
+    assert {value.device for value in (out.per_sample, *logged)} == {META}
+    assert not any(value.requires_grad for value in logged)
 
 
 class Small(nn.Module):
