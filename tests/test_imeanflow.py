@@ -223,6 +223,13 @@ def test_scales_and_intervals(beta, median):
     assert r_eq_t[drawn["unconditional"]].all() and (drawn["null_labels"] == 10).all()
 
 
+def test_guidance_without_what_is_drawn_for_it_is_refused():
+    b = batch(DIT)
+    with pytest.raises(ValueError, match=r"needs omega, .*: pass what sample_cond draws, or set omega_max=1"):
+        loss_of(two_heads(), b, IMeanFlow())
+    assert loss_of(two_heads(), b, IMeanFlow(omega_max=1.0)).isfinite().all()
+
+
 def test_nothing_is_drawn_without_guidance():
     assert UNGUIDED.sample_cond(torch.zeros(4), torch.ones(4), 10, None) == {}
 

@@ -89,6 +89,8 @@ class IMeanFlow(Objective):
         """(v̂, the tangent; v_g, the target; what the network is conditioned on in training): see `_guided`."""
         head = {"head": "v"} if self.velocity == V_HEAD else {}
         if self.omega_max > 1:
+            if missing := [name for name in (*INPUTS, "unconditional", "null_labels") if name not in cond]:
+                raise ValueError(f"needs {', '.join(missing)}: pass what sample_cond draws, or set omega_max=1")
             return self._guided(frozen, z, v, t, head, **cond)
         rows = (r != t).nonzero()[:, 0].to(z.device, non_blocking=True)  # v̂ of the others is not needed
         if len(rows) == 0:
