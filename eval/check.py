@@ -44,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     check_out(out, args.overwrite)
 
     from eval.checking.checks import run_all
-    from meanflow.files import write_text
+    from meanflow.files import make_folder, write_text
     from meanflow.training.model import device_of
 
     device = device_of(args.device)
+    make_folder(out.parent)  # better known before minutes of timing than after
     with tempfile.TemporaryDirectory(prefix="meanflow-check-") as folder:
         report, advice = run_all(file, tuple(args.set), args, device, Path(folder))
     print(report.table(), "", advice, f"{report.spent:.0f} seconds; everything is in {out}", sep="\n")

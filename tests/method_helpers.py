@@ -1,4 +1,4 @@
-"""Small networks of both backbones, batches for them, and how losses are compared."""
+"""Small networks of all backbones, batches for them, and how losses are compared."""
 
 from dataclasses import replace
 
@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit import DiT, DiTConfig
+from dit import DiTConfig, IMFConfig
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.batches import MicroBatch
-from unet import UNet, UNetConfig
+from meanflow.training.state import BACKBONES
+from unet import UNetConfig
 
 UNET = UNetConfig("unet", 8, 3, 8, (1, 2), 1, (4,), augment_labels=6, classes=10)
 DIT = DiTConfig("dit", 8, 3, 2, width=32, depth=2, heads=4, classes=10)
 CIFAR10 = MeanFlow(p=0.75, c=1e-3)
+IMF = IMFConfig("imf", 8, 3, 2, width=32, depth=3, heads=4, head_depth=2, classes=10)
 backbones = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
+all_backbones = pytest.mark.parametrize("config", [UNET, DIT, IMF], ids=["unet", "dit", "imf"])
 precisions = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["float32", "float64"]
 )
@@ -29,9 +32,9 @@ def perturbed(network: nn.Module) -> nn.Module:
     return network
 
 
-def small(config: UNetConfig | DiTConfig = UNET, dtype: torch.dtype = torch.float64) -> nn.Module:
+def small(config: UNetConfig | DiTConfig | IMFConfig = UNET, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return perturbed((UNet if isinstance(config, UNetConfig) else DiT)(config).to(dtype))
+    return perturbed(BACKBONES[type(config)](config).to(dtype))
 
 
 def batch(config=UNET, dtype=torch.float64, n: int = 8, r_eq_t: int = 3) -> MicroBatch:

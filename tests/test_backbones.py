@@ -1,10 +1,21 @@
-"""Both networks: against their plain implementation, their derivatives, their inputs, and what cannot be built."""
+"""The networks: against their plain implementation, their derivatives, their inputs, and what cannot be built."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from method_helpers import DIT, UNET, assert_close, backbones, batch, loss_of, precisions, small, with_gradient
+from method_helpers import (
+    DIT,
+    UNET,
+    all_backbones,
+    assert_close,
+    backbones,
+    batch,
+    loss_of,
+    precisions,
+    small,
+    with_gradient,
+)
 from plain_networks import plain_network
 
 from meanflow.jvp import METHODS, checkpointed, take_jvp
@@ -52,7 +63,7 @@ def test_the_network_sees_exactly_the_times_of_its_conditioning(config, conditio
     assert not torch.allclose(out, longer)
 
 
-@backbones
+@all_backbones
 def test_no_label_is_the_null_class(config):
     """And no augmentation label is zeros."""
     net, b = small(config), batch(config)
@@ -72,12 +83,12 @@ def test_dropout_only_in_training():
     assert torch.equal(net(b.x, b.r, b.t), net(b.x, b.r, b.t))
 
 
-@backbones
+@all_backbones
 def test_checkpointed_blocks_give_the_same_and_save_less(config):
     net, b, rows = small(config), batch(config), []
 
-    def run_block(block, x, emb):
-        return checkpointed(lambda x, emb: rows.append(x.rows) or block(x, emb), x, emb)
+    def run_block(block, x, *inputs):
+        return checkpointed(lambda x, *inputs: rows.append(x.rows) or block(x, *inputs), x, *inputs)
 
     def measured(**how):
         sizes = []

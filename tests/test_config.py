@@ -67,6 +67,7 @@ def recipe_of(name: str) -> RunConfig:
         ({"ema__every": 0}, "ema.every"),
         ({"ema__store": "disk"}, "ema.store; host"),
         ({"init__ema": 0.9}, "init.ema; init.from"),
+        ({"init__teacher": "dit"}, "init.teacher; init.from"),
         ({"model__width": 7}, "model.width; even"),
         ({"model__dropout": 1.0}, "model.dropout"),
         ({"model__multipliers": []}, "model.multipliers"),

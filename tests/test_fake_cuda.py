@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_helpers import DIT, UNET
+from method_helpers import DIT, IMF, UNET
 from running import ROOT, guided_latent_changes, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit import DiT, DiTConfig
 from eval.scoring.extractors import Options, create
 from meanflow.guidance import GuidanceConfig, guided_velocity
 from meanflow.jvp import dual_jvp, func_jvp, plain_operations
@@ -19,13 +18,12 @@ from meanflow.training.batches import random_batch
 from meanflow.training.config import load_config
 from meanflow.training.metrics import MetricsLog, StepSums
 from meanflow.training.processes import DistributedContext, GradientSum
-from meanflow.training.state import Ema, build_network
+from meanflow.training.state import BACKBONES, Ema, build_network
 from meanflow.training.step import accumulate, in_training_precision, make_loss
-from unet import UNet
 
 B, N = 4, 3  # rows, and those with a tangent
 META, CPU = torch.device("meta"), torch.device("cpu")
-backbones = pytest.mark.parametrize("config", [UNET, DIT], ids=["unet", "dit"])
+backbones = pytest.mark.parametrize("config", [UNET, DIT, IMF], ids=["unet", "dit", "imf"])
 precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 
 
@@ -42,7 +40,7 @@ def cuda(monkeypatch):
 
 def network_and_inputs(config):
     """On the device of the context."""
-    network = (DiT if isinstance(config, DiTConfig) else UNet)(config).requires_grad_(False)
+    network = BACKBONES[type(config)](config).requires_grad_(False)
     for p in network.parameters():  # as build_network does with real ones
         p.data = p.data.to(memory_format=torch.channels_last) if p.ndim == 4 else p.data
     z = torch.randn(B, config.channels, config.image_size, config.image_size).to(memory_format=torch.channels_last)

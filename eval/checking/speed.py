@@ -16,6 +16,7 @@ from meanflow.training.metrics import peak_memory_mb
 
 PRECISION, COMPILE, KEPT = "train.precision", "train.compile", "train.activation_checkpointing"
 ROUNDS = 3
+ENOUGH = 6.0  # seconds of timed steps after which a slow machine does no further rounds
 MATRIX_ROUNDS = 5
 SMALLEST_GAIN = 1.02  # a setting that is no faster than this over a simpler one is not recommended
 
@@ -94,7 +95,10 @@ def _measure(setting: Setting, settings: dict[str, str], device: torch.device, r
         step()  # warms up; on CUDA its peak is that of cuDNN's search
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = statistics.median(seconds_of(step, device) for _ in range(ROUNDS))
+    rounds: list[float] = []
+    while len(rounds) < ROUNDS and sum(rounds) < ENOUGH:
+        rounds.append(seconds_of(step, device))
+    seconds = statistics.median(rounds)
     memory = live.peak / 1e6 if device.type == "cpu" else peak_memory_mb(device)
     rate = step.flops() / seconds / rates[precision]
     torch.compiler.reset()  # which would keep the step's memory

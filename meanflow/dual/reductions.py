@@ -228,9 +228,11 @@ def rms_norm(input: Dual, normalized_shape, weight=None, eps: float | None = Non
         dtype = torch.promote_types(input.dtype, torch.float32)
         x, dx = input.primal_rows.to(dtype), input.tangent.to(dtype)
         small = torch.finfo(input.dtype).eps if eps is None else eps
-        rho = torch.rsqrt(x.square().mean(dims, keepdim=True) + small)
-        out = rho * (dx - x * rho.square() * (x * dx).mean(dims, keepdim=True))
-        return out if weight is None else out * weight.detach()
+        mean_square = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square() / math.prod(normalized_shape)
+        rho = torch.rsqrt(mean_square + small)
+        along_x = rho.pow(3) * (x * dx).mean(dims, keepdim=True)
+        out = (dx * rho).addcmul_(x, along_x, value=-1)
+        return out if weight is None else out.mul_(weight.detach())
 
     return dual(F.rms_norm(input.value, normalized_shape, weight, eps), tangent)
 

@@ -119,12 +119,15 @@ class EmaConfig:
 class InitConfig:
     """What a new run's weights start from (fine-tuning): another run's, wherever names and shapes agree."""
 
-    from_: str | None = None  # a run folder or a checkpoint; null: random weights
+    from_: str | None = None  # a run folder, a checkpoint, or an official DiT or SiT checkpoint; null: random weights
     ema: float | Literal["weights"] | None = None  # which of its averages, or weights; null: its own ema.eval
+    teacher: Literal["sit", "dit"] | None = None  # whose an official one is; null: as its name says, or SiT's
 
     def __post_init__(self):
         if self.from_ is None and self.ema is not None:
             raise ValueError("ema names an average of init.from, which is null")
+        if self.from_ is None and self.teacher is not None:
+            raise ValueError("teacher says what init.from is, which is null")
 
 
 @dataclass(frozen=True)

@@ -126,11 +126,12 @@ def device_of(device: str | torch.device | None) -> torch.device:
 
 
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint file `what` (ours or an official one), or the newest intact one of the run folder `what`.
+    """The checkpoint `what` (a file of ours, an official file or folder), or the newest intact one of the run `what`.
 
     Raises AssetError if there is none or it is damaged.
     """
-    official = None if what.is_dir() else read_official(what)
+    run = RunFolder(what)
+    official = None if run.config_file.exists() or run.checkpoints.exists() else read_official(what)
     if official is not None:
         return what, official
     path, checkpoint, complaints = find_checkpoint(what)
@@ -153,13 +154,25 @@ def config_of(path: Path, checkpoint: Checkpoint) -> RunConfig:
 def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.device) -> Model:
     """One network of an opened checkpoint; see `load`."""
     config = config_of(path, checkpoint)
+    ema, tensors = chosen_weights(path, checkpoint, config, ema)
+    network = build_network(config, device)
+    copy_strictly(dict(network.named_parameters()), tensors, str(path))
+    if "v" in config.model.branches:
+        network.drop_v_head()  # samples need u alone
+    return Model(network.eval(), config, path, ema, checkpoint.meta, codec_of(config, device))
+
+
+def chosen_weights(
+    path: Path, checkpoint: Checkpoint, config: RunConfig, ema: str | None
+) -> tuple[str, dict[str, Tensor]]:
+    """The average `ema` of a checkpoint, by default the recipe's, or its "weights"; and their tensors by name.
+
+    Raises UserError for an average that it does not keep.
+    """
     ema = repr(config.ema.eval) if ema is None else ema
     if ema != WEIGHTS and ema not in checkpoint.ema:
-        raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join(checkpoint.ema)} and {WEIGHTS}")
-    network = build_network(config, device)
-    tensors = checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
-    copy_strictly(dict(network.named_parameters()), tensors, str(path))
-    return Model(network.eval(), config, path, ema, checkpoint.meta, codec_of(config, device))
+        raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join([*checkpoint.ema, WEIGHTS])}")
+    return ema, checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
 
 
 def codec_of(config: RunConfig, device: torch.device) -> Codec | None:

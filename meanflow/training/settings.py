@@ -19,6 +19,7 @@ from meanflow.errors import ConfigError
 
 MAX_BYTES = 2**20  # of a recipe; parsing takes about a second for each 100 kB
 MAX_WHOLE = 2**63
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # in errors
 RENAMED = {  # what an earlier version called it: what it is now; the first that fits counts
     "times.share": "objective.times.stratified",
     "times": "objective.times",
@@ -234,6 +235,8 @@ def build(kind: Any, value: Any, path: str, source: str) -> Any:
         if isinstance(value, str) and value in words:
             return value
         kinds = [arg for arg in args if arg is not type(None) and get_origin(arg) is not Literal]
+        if words and isinstance(value, str) and not isinstance(_number(value), float):
+            raise _wrong(path, source, " or ".join([SCALARS[kinds[0]], *words]), value)
         return build(kinds[0] if len(kinds) == 1 else _kind_of(kinds, value, path, source), value, path, source)
     if origin is Literal:
         if value not in args:
@@ -295,7 +298,6 @@ def key_of(field: Field) -> str:
 
 
 def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         value = _number(value)
     if kind is int and isinstance(value, str | float):
@@ -303,7 +305,7 @@ def _build_scalar(kind: type, value: Any, path: str, source: str) -> Any:
         if isinstance(number, float) and number.is_integer():
             value = int(value) if isinstance(value, str) and value.strip("+-").isdecimal() else int(number)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise _wrong(path, source, names[kind], value)
+        raise _wrong(path, source, SCALARS[kind], value)
     if kind is int and abs(value) >= MAX_WHOLE:
         raise _wrong(path, source, "a whole number below 2^63", value)
     return value

@@ -19,7 +19,7 @@ from meanflow.training.config import RunConfig, config_from_tree, refuse_changed
 from meanflow.training.metrics import MetricsLog, rewind_metrics
 from meanflow.training.processes import DistributedContext, GradientSum
 from meanflow.training.run_folder import RunFolder, starts
-from meanflow.training.state import TrainState, fresh_state, initialise, restore, to_checkpoint
+from meanflow.training.state import TrainState, fresh_state, initialise, refuse_missing_source, restore, to_checkpoint
 from meanflow.training.step import LossFunction, configure_numerics
 
 
@@ -48,6 +48,8 @@ def set_up(config: RunConfig, run: RunFolder, ctx: DistributedContext, requested
     the run are changed only once all of this is known to work: metrics after the checkpoint are cut off.
     """
     configure_numerics(config.train)
+    if not any(run.checkpoints.glob("*.pt")):
+        refuse_missing_source(config.init)
     dataset = open_data(config, ctx)
     data = describe(dataset)
     stream = BatchStream(dataset, config, ctx)

@@ -17,6 +17,7 @@ from meanflow.training import settings
 from meanflow.training.checkpoint import FORMAT, Checkpoint
 from meanflow.training.config import WEIGHTS, EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
 from meanflow.training.divergence import Guard
+from meanflow.training.official.dit import Teacher, read_teacher
 from meanflow.training.radam import RAdam
 from meanflow.training.run_folder import environment, find_checkpoint
 from unet import UNet, UNetConfig
@@ -249,11 +250,14 @@ class Initialised:
     fresh: list[str]
     reshaped: list[str]
     unused: list[str]
+    changed: str = ""  # how the tensors of an official DiT or SiT were
 
     def summary(self) -> str:
         total = len(self.taken) + len(self.fresh) + len(self.reshaped)
         which = self.weights if self.weights == WEIGHTS else f"EMA {self.weights}"
-        parts = [f"init.from {self.source} (step {self.step:,}, {which}): took {len(self.taken)} of {total} tensors"]
+        origin = f"official, {self.weights}" if self.changed else f"step {self.step:,}, {which}"
+        parts = [f"init.from {self.source} ({origin}): took {len(self.taken)} of {total} tensors"]
+        parts += [self.changed] if self.changed else []
         for names, what in (
             (self.fresh, "not there, so fresh"),
             (self.reshaped, "of another shape there, so fresh"),
@@ -273,9 +277,14 @@ class Initialised:
 def initialise(state: TrainState, config: InitConfig) -> Initialised:
     """Fill the weights from another run, wherever names and shapes agree, and all averages with them.
 
-    Raises AssetError if the checkpoint cannot be read, and ConfigError if it lacks the average asked for or fits so
-    little that the network must be another one: less than half of the parameters.
+    Of an official DiT or SiT checkpoint all tensors are taken, changed as `official/dit.py` says. Raises AssetError if
+    the checkpoint cannot be read, and ConfigError if it lacks the average asked for or fits so little that the network
+    must be another one: less than half of the parameters.
     """
+    if (teacher := read_teacher(Path(config.from_).expanduser(), state.network, config)) is not None:
+        return _initialise_from_teacher(state, config.from_, teacher)
+    if config.teacher is not None:
+        raise ConfigError(f"init.teacher: init.from {config.from_} is no official DiT or SiT checkpoint")
     path, checkpoint, _ = find_checkpoint(Path(config.from_).expanduser())
     ema = config_from_tree(checkpoint.meta["config"], str(path)).ema.eval if config.ema is None else config.ema
     which = WEIGHTS if ema == WEIGHTS else repr(ema)
@@ -296,3 +305,18 @@ def initialise(state: TrainState, config: InitConfig) -> Initialised:
     reshaped = [name for name in common if name not in taken]
     unused = [name for name in there if name not in here]
     return Initialised(str(path), checkpoint.meta["step"], which, taken, fresh, reshaped, unused)
+
+
+def _initialise_from_teacher(state: TrainState, source: str, teacher: Teacher) -> Initialised:
+    here = dict(state.network.named_parameters())
+    for name, tensor in (teacher.tensors | teacher.zeros).items():
+        here[name].copy_(tensor)
+    state.ema.restart()
+    fresh = [name for name in here if name not in teacher.tensors]
+    return Initialised(source, 0, teacher.which, list(teacher.tensors), fresh, [], [], teacher.said)
+
+
+def refuse_missing_source(config: InitConfig) -> None:
+    """Raises AssetError if init.from names nothing that is there: to be known before the data are prepared."""
+    if config.from_ is not None and not Path(config.from_).expanduser().exists():
+        raise AssetError(f"init.from {config.from_}: no such file or folder; name yours with --set init.from=PATH")

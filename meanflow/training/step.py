@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from meanflow.dual import tangents_in, value_of
+from meanflow.dual import tangents_in
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
 from meanflow.objectives import Loss
@@ -72,7 +72,6 @@ def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
     Only the blocks run in bf16. Times, labels, the first and the last layer stay float32: rounded to bf16, times near
     1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
-    primal = {"primal": value_of} if "v" in network.config.branches else {}  # no derivative of v is needed
     run_block = RUN_BLOCK[config.activation_checkpointing if config.compile_mode is None else None]
     if config.precision == "bf16":  # a context that is entered but disabled would still be part of a compiled graph
 
@@ -80,15 +79,15 @@ def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
             with torch.autocast(x.device.type, dtype=torch.bfloat16):
                 return run_block(block, x, *inputs)
 
-        return functools.partial(network, run_block=run_in_bf16, **primal)
+        return functools.partial(network, run_block=run_in_bf16)
     if config.tangent_precision == "bf16":
 
         def run_tangent_in_bf16(block: nn.Module, x: Tensor, *inputs: Tensor) -> Tensor:
             with tangents_in(torch.bfloat16):
                 return run_block(block, x, *inputs)
 
-        return functools.partial(network, run_block=run_tangent_in_bf16, **primal)
-    return functools.partial(network, run_block=run_block, **primal)
+        return functools.partial(network, run_block=run_tangent_in_bf16)
+    return functools.partial(network, run_block=run_block)
 
 
 def averaged(network: nn.Module, ema: Ema, config: RunConfig) -> Network:
