@@ -51,7 +51,7 @@ def examples_from_recipes() -> dict[type, Any]:
 
 def _sections(path: str, kind: type, example: Any, comment: str = "") -> list[str]:
     """The section of a group of settings, and those of the groups in it."""
-    title = f"## `{path}`" + (f", kind `{example.kind}`" if hasattr(example, "kind") else "")
+    title = f"## `{path}`" + (f", kind `{example.kind}`" if _is_tag(get_type_hints(kind).get("kind")) else "")
     about = inspect.cleandoc(kind.__doc__).partition("\n")[0].partition(" Raises ")[0]
     parts = [f"{title}\n\n{about}{f' {comment[0].upper()}{comment[1:]}.' if comment else ''}\n"]
     parts.append(_table(f"{path}.", kind, example))
@@ -65,12 +65,17 @@ def _table(where: str, kind: type, example: Any) -> str:
     comments, hints = _comments(kind), get_type_hints(kind)
     rows = [("setting", "meaning", "values", "default", "may change"), ("---",) * 5]
     for field in fields(kind):
-        if settings.groups_of(hints[field.name]) or field.name == "kind":
+        if settings.groups_of(hints[field.name]) or (field.name == "kind" and _is_tag(hints["kind"])):
             continue
         key = f"{where}{settings.key_of(field)}"
         values = _range(field.name, example) or _type(hints[field.name])
         rows.append((f"`{key}`", comments[field.name], values, _default(field), _may_change(key)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _is_tag(hint: Any) -> bool:
+    """Whether a field `kind` of this type only names its dataclass: the section's title says it."""
+    return get_origin(hint) is Literal
 
 
 def _comments(kind: type) -> dict[str, str]:

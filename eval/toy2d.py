@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     trained = time.perf_counter()
     numbers = {
         "error": errors(u, mixture, config.measure, config.seed),
-        "distance": distances(u, mixture, config.measure, config.seed),
+        "distance": distances(u, mixture, config.measure, config.seed, config.objective.sampler),
         "torch": torch.__version__,
         "config": settings.to_tree(config),
     }

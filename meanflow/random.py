@@ -7,6 +7,7 @@ the same stream in a run that never stopped, in one that was resumed, and on any
 import hashlib
 import json
 import operator
+from collections.abc import Callable
 
 import torch
 
@@ -30,3 +31,19 @@ def generator(seed: int, purpose: str, *numbers: int, device: torch.device | str
     are the same with a chance of one in four.
     """
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *numbers))
+
+
+def generators_now(device: torch.device) -> Callable[[], None]:
+    """A call that puts PyTorch's default generators, the CPU's and that of `device`, back to where they are now.
+
+    What is drawn after it, such as a dropout mask, is what was drawn after this. Does not wait for the device.
+    """
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return restore

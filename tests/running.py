@@ -153,7 +153,7 @@ def train_run(
 def gradients_of_step(config: RunConfig, ctx: DistributedContext, step: int, times: int = 1) -> dict[str, torch.Tensor]:
     """The gradient of a step of a fresh network; with `times` computed so often in a row, the last one."""
     state = fresh_state(config, ctx.device)
-    total, loss = GradientSum(state.network, ctx), make_loss(state.network, config, ctx.device)
+    total, loss = GradientSum(state.network, ctx), make_loss(state.network, config, ctx.device, state.ema)
     stream = BatchStream(load_dataset(config.data, 8, config.model.channels), config, ctx)
     for _ in range(times):
         accumulate(loss, stream.micro_batches(step), stream.micro_steps, config.train.batch, total, StepSums())

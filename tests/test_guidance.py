@@ -84,6 +84,21 @@ def test_target_velocity_is_v_cfg(kappa, batched):
 
 
 @pytest.mark.parametrize("batched", [False, True])
+def test_a_scale_that_fades_is_soflows_guided_velocity(batched):
+    """m (v + d(t) (w − 1) (v − v_∅)) + (1 − m) v̂ with m = 1 − κ; d is 1 up to 0.8 and 0 at t = 1."""
+    classes, z, t, labels = draw()
+    t[:2] = torch.tensor([1.0, 0.8])
+    v, u, w, m = z.sin(), classes.network(2.5), 3.0, 0.25
+    config, mask = GuidanceConfig(w, 1 - m, fade_from=0.8), torch.zeros(64, dtype=torch.bool)
+    found = guided_velocity(u, z, t, v, mask, NULL, config, batched, class_labels=labels)
+    own, null = (u(z, t, t, y) for y in (labels, torch.full_like(labels, NULL)))
+    tau = (1 - t) / 0.2
+    d = torch.where(t > 0.8, 1 - torch.exp(-0.025 * tau / (1 - tau)), 1.0)[:, None]
+    assert d.min() == 0 and ((d > 0) & (d < 1)).any()
+    assert torch.allclose(found, m * (v + d * (w - 1) * (v - null)) + (1 - m) * own, atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize(
     ("config", "passes"),
     [

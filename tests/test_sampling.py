@@ -50,3 +50,33 @@ def test_bad_grids(grid):
 def test_steps_must_be_positive():
     with pytest.raises(ValueError, match="steps"):
         time_grid(0)
+
+
+def test_noise_added_again_follows_the_grid():
+    """Consistency models know r = 0 alone: x = z − t u(z, 0, t), then (1 − r) x + r ε with the ε that is given."""
+    asked, times = [], []
+
+    def u(z, r, t):
+        times.append((r.unique().item(), t.unique().item()))
+        return DATA.average_velocity(z, r, t)
+
+    def noise(k):
+        asked.append(k)
+        return torch.full_like(NOISE, float(k))
+
+    found = sample(u, NOISE, grid=(1, 0.5, 0.25, 0), sampler="renoise", noise=noise)
+    assert asked == [1, 2] and times == [(0, 1), (0, 0.5), (0, 0.25)]
+    x = DATA.average_velocity
+    one, zero = torch.ones(256, dtype=torch.float64), torch.zeros(256, dtype=torch.float64)
+    z = 0.5 * (NOISE - x(NOISE, zero, one)) + 0.5 * 1
+    z = 0.75 * (z - 0.5 * x(z, zero, 0.5 * one)) + 0.25 * 2
+    assert torch.allclose(found, z - 0.25 * x(z, zero, 0.25 * one))
+    assert len({sample(u, NOISE, 2, sampler="renoise").sum().item() for _ in range(2)}) == 2
+
+
+def test_euler_asks_for_the_velocity():
+    times = []
+    sample(lambda z, r, t: times.append((r[0].item(), t[0].item())) or z, NOISE, 2, sampler="euler")
+    assert times == [(1, 1), (0.5, 0.5)]
+    with pytest.raises(ValueError, match="sampler must be one of flow_map"):
+        sample(lambda z, r, t: z, NOISE, sampler="heun")

@@ -19,15 +19,15 @@ DRAWS = 100_000  # of (t, r), to count how many samples need what
 def passes(config: RunConfig) -> float:
     """What a training step costs a sample, with a forward pass as 1.
 
-    Forward and backward are 3, the tangent of a sample with r ≠ t is 1 (dual numbers), and each term of the guided
+    Forward and backward are 3, the tangent of a sample with r ≠ t is 1 (dual numbers), as is each further pass that an
+    objective makes for it (`Objective.passes`), and each term of the guided
     velocity (Eq. 21) with a weight is 1 for samples inside the interval that keep their label.
     """
     r, t = config.objective.sample_times(DRAWS, generator(config.seed, "plan"))
-    count = 3 + float((r != t).float().mean()) * config.objective.needs_jvp
+    count = 3 + float((r != t).float().mean()) * config.objective.passes
     if guidance := config.guidance:
         inside = float(((t >= guidance.t_start) & (t <= guidance.t_end)).float().mean())
-        terms = sum(abs(weight) > 1e-12 for weight in (guidance.kappa, 1 - guidance.omega - guidance.kappa))
-        count += terms * inside * (1 - guidance.label_drop)
+        count += len(guidance.terms) * inside * (1 - guidance.label_drop)
     return count
 
 

@@ -60,10 +60,11 @@ def _relative(squares) -> dict[str, float]:
     return {"u": float((u / truth) ** 0.5), "v": float((v / truth) ** 0.5)}
 
 
-def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) -> dict:
+def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int, sampler: str = "flow_map") -> dict:
     """The sliced Wasserstein distance of samples to fresh data, by NFE, beside that of exact flow and of fresh data.
 
-    All start from the same noise: u by Eq. (12), v by Euler's method, which is Eq. (12) with v in u's place.
+    All start from the same noise: u by its objective's `sampler`, mostly Eq. (12); v by Euler's method, which is
+    Eq. (12) with v in u's place.
     """
     data = mixture.sample(config.samples, generator(seed, "data"))
     fresh = [mixture.sample(config.samples, generator(seed, "fresh", k)) for k in range(FRESH_SETS)]
@@ -73,7 +74,7 @@ def distances(u: Network, mixture: Mixture, config: MeasureConfig, seed: int) ->
     return {
         "fresh data": sum(sliced_wasserstein(other, data) for other in fresh) / FRESH_SETS,
         "exact flow": sliced_wasserstein(mixture.flow(noise, one, zero), data),
-        "u": {str(n): sliced_wasserstein(sample(u, noise, n), data) for n in config.steps},
+        "u": {str(n): sliced_wasserstein(sample(u, noise, n, sampler=sampler), data) for n in config.steps},
         "v": {str(n): sliced_wasserstein(sample(v, noise, n), data) for n in config.steps},
     }
 

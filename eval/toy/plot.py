@@ -170,7 +170,7 @@ def sample_panels(axes, u: Network, mixture: Mixture, config: Toy2dConfig, dista
     trained = ("u", "trained $u$", ORANGE, u)
     for axis, (kind, steps) in zip(axes, [(v, few), (v, many), (trained, few), (trained, many)], strict=True):
         key, name, colour, field = kind
-        z = sample(field, noise, steps)
+        z = sample(field, noise, steps, sampler=config.objective.sampler if kind == "u" else "flow_map")
         axis.scatter(*data.T, s=3, color="#d9d9d9", linewidths=0)
         axis.scatter(*z.T, s=3, color=colour, alpha=0.6, linewidths=0)
         axis.set_title(f"{name}, {steps} step{'s' if steps > 1 else ''}", fontsize=10)

@@ -107,6 +107,8 @@ class Toy2dConfig:
             raise ValueError("mixture must be one or more [mean x, mean y, standard deviation > 0]")
         if self.velocity not in VELOCITIES:
             raise ValueError(f"velocity must be one of {', '.join(VELOCITIES)}, got {self.velocity!r}")
+        if self.objective.teacher_decay is not None:
+            raise ValueError(f"objective.kind={self.objective.kind} learns from an averaged network: not in the plane")
 
 
 class PlaneNetwork(nn.Module):
@@ -149,8 +151,9 @@ class Training:
         x = self.mixture.sample(config.train.batch, self.generator)
         eps = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
         r, t = config.objective.sample_times(len(x), self.generator)
+        how = {"progress": step / config.train.steps, **config.objective.sample_cond(r, t, 0, self.generator)}
         v = eps - x if config.velocity == "conditional" else self.mixture.velocity(interpolate(x, eps, t), t)
-        loss = config.objective.loss(self.network, x.float(), eps.float(), r, t, v=v.float()).mean
+        loss = config.objective.loss(self.network, x.float(), eps.float(), r, t, v=v.float(), **how).mean
         for group in self.optimizer.param_groups:
             group["lr"] = config.train.rate(step)
         self.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from meanflow.jvp import Network, value_and_jvp
+from meanflow.jvp import Network, rounded_rows, rows_first, value_and_jvp
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,17 @@ class Objective(ABC):
     `needs_jvp`: whether `loss` calls `jvp`; `needs_frozen`: whether it is given `frozen`. `titles` explains logged
     values in curves. `plain(u, x, eps, r, t, v=None, **cond)` → (B,), where there is one, is the objective as printed
     in its paper, not optimised: the specification that tests and benchmarks compare `loss` with.
+
+    `sampler`: how its networks are sampled, one of `meanflow.sampling.SAMPLERS`. `learns_velocity`: whether u(z, t, t)
+    is trained, which guidance in the target evaluates. `same_dropout`: whether two passes of `loss` must have the same
+    dropout mask, which compiled code does not promise.
     """
 
     needs_jvp: ClassVar[bool] = False
     needs_frozen: ClassVar[bool] = False
+    sampler: ClassVar[str] = "flow_map"
+    learns_velocity: ClassVar[bool] = True
+    same_dropout: ClassVar[bool] = False
     titles: ClassVar[dict[str, str]] = {
         "error": "squared error ‖u − u_tgt‖², all samples (unweighted)",
         "error_r_eq_t": "squared error at r = t: ‖u − v‖², Flow Matching",
@@ -68,6 +75,11 @@ class Objective(ABC):
     def teacher_decay(self) -> float | None:
         """The EMA decay of the averaged network that `loss` is given as `teacher`, one of the recipe's ema.decays."""
         return None
+
+    @property
+    def passes(self) -> int:
+        """What a sample with r < t costs beside the network's value, in forward passes: a derivative is one."""
+        return int(self.needs_jvp)
 
     @property
     def varying_rows(self) -> bool:
@@ -143,6 +155,43 @@ def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x + t * eps
 
 
+def by_jvp(u: Network, jvp: Callable) -> Network:
+    """u through `jvp` without a derivative: where `jvp` is compiled, `u` itself is not, and this is."""
+
+    def value(z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
+        nowhere = torch.zeros(len(z), dtype=torch.bool)
+        return jvp(u, (z, r, t), (z, 0.0, 1.0), rows=nowhere, **cond)[0]
+
+    return value
+
+
+@torch.no_grad()
+def on_rows(u: Network, rows: Tensor, z: Tensor, r: Tensor, t: Tensor, **cond: Tensor | None) -> Tensor:
+    """u(z, r, t, **cond) where `rows` (B,) is true, without gradient, and zero elsewhere at no cost: (B, …).
+
+    rows, r, t (B,) best on the CPU. The number of rows is rounded up to eighths of the batch: few shapes are seen.
+    """
+    order, n = rows_first(rows)
+    out = torch.zeros_like(z)
+    if n == 0:
+        return out
+    m = rounded_rows(n, len(z))
+    part = slice(m) if order is None else order[:m].to(z.device, non_blocking=True)
+    value = u(*part_of((z, r.to(z, non_blocking=True), t.to(z, non_blocking=True)), part), **part_of(cond, part))
+    value = value.to(z.dtype)
+    if order is None:
+        out[:n] = value[:n]
+        return out
+    return out.index_copy(0, part[:n], value[:n])
+
+
+def part_of(values, part: slice | Tensor):
+    """The rows `part` of each tensor in a tuple or dict; what is None stays so."""
+    if isinstance(values, dict):
+        return {name: y[part] if isinstance(y, Tensor) else y for name, y in values.items()}
+    return tuple(y[part] for y in values)
+
+
 def squared_norm(x: Tensor) -> Tensor:
     """‖x‖² of each sample, summed over all but the batch: (B, …) → (B,)."""
     return x.square().flatten(1).sum(1)
@@ -152,6 +201,20 @@ def adaptive_weight(error: Tensor, p: float, c: float) -> Tensor:
     """1 / (error + c)^p without graph (Eq. 22): (B,) → (B,)."""
     with torch.no_grad():
         return 1 / (error + c) ** p
+
+
+def check_weight(p: float, c: float) -> None:
+    """Raises ValueError, naming the setting, for an adaptive weight that is none."""
+    if p < 0:
+        raise ValueError(f"p must be ≥ 0, got {p}")
+    if c <= 0:
+        raise ValueError(f"c must be > 0, got {c}")
+
+
+def weighted(values: Tensor, rows: Tensor, weight: float | Tensor) -> Tensor:
+    """`values` (B,) times `weight` (a number or (B,)) where `rows` (B,) is true."""
+    weight = torch.as_tensor(weight, dtype=values.dtype).to(values.device, non_blocking=True)
+    return torch.where(rows.to(values.device, non_blocking=True), weight * values, values)
 
 
 def by_rows(error: Tensor, r: Tensor, t: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:

@@ -20,6 +20,7 @@ from meanflow.random import derive_seed, generator
 from meanflow.training.config import RunConfig
 from meanflow.training.processes import DistributedContext
 
+LABELS = ("class_labels", "augment_labels")  # keywords of the network
 Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the global batch → x (b, C, H, W), labels
 
 
@@ -27,10 +28,9 @@ Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the globa
 class MicroBatch:
     """b samples, those with r ≠ t first.
 
-    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords
-    and what the objective drew (`Objective.sample_cond`); unconditional (b,) bool
-    on the CPU: which samples train without a class label, if the run has guidance; progress: the fraction of training
-    that is done, in [0, 1).
+    x, eps (b, C, H, W) on the device, r, t (b,) on the CPU; cond: the network's label keywords (LABELS) and
+    what the objective drew (`Objective.sample_cond`); unconditional (b,) bool on the CPU: which samples train without a
+    class label, if the run has guidance; progress: the fraction of training that is done, in [0, 1).
     """
 
     x: Tensor

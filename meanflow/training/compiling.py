@@ -29,7 +29,10 @@ def chosen_mode(config: RunConfig, device: torch.device, images: int) -> str | N
     """
     train = config.train
     by_shape = train.jvp == "func" and config.objective.varying_rows
-    if device.type != "cuda" or train.steps < SHORTEST_RUN or train.activation_checkpointing == "blocks" or by_shape:
+    masks = config.objective.same_dropout and getattr(config.model, "dropout", 0) > 0
+    if device.type != "cuda" or train.steps < SHORTEST_RUN or train.activation_checkpointing == "blocks":
+        return None
+    if by_shape or masks:
         return None
     return mode_of_step(config, images)
 

@@ -22,6 +22,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 AUTO = "auto"  # chosen for the machine
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 CHECKPOINTING = ("cheap", "blocks")  # norms, activation functions and dropout; or all but each block's input
+OPTIMIZERS = ("adam", "radam")
 EMA_STORES = ("device", "host")
 UINT8_RULES = ("round", "floor")
 WEIGHTS = "weights"  # in place of an EMA: the weights as the optimiser left them
@@ -60,6 +61,7 @@ CHANGEABLE_ON_REQUEST = (
     "guidance.kappa",
     "guidance.t_start",
     "guidance.t_end",
+    "guidance.fade_from",
     "train.spike_guard",
     "ema.decays",
 )
@@ -67,9 +69,10 @@ CHANGEABLE_ON_REQUEST = (
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam with a linear warm-up, then a constant rate (MeanFlow, appendix A)."""
+    """Adam or RAdam with a linear warm-up, then a constant rate (MeanFlow, appendix A)."""
 
     lr: float  # learning rate
+    kind: str = "adam"  # adam, or radam: rectified Adam, whose first steps are small by themselves
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     eps: float = 1e-8  # of Adam
     weight_decay: float = 0.0  # decoupled, as AdamW has it; 0 in the paper, where this is plain Adam
@@ -77,6 +80,8 @@ class OptimConfig:
     clip: float | None = None  # largest norm of the gradient; null: not clipped
 
     def __post_init__(self):
+        if self.kind not in OPTIMIZERS:
+            raise ValueError(f"kind must be one of {', '.join(OPTIMIZERS)}, got {self.kind!r}")
         if self.lr <= 0 or self.eps <= 0:
             raise ValueError(f"lr and eps must be > 0, got {self.lr} and {self.eps}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -294,6 +299,19 @@ class RunConfig:
             )
         if self.guidance is not None and not self.model.classes:
             raise ValueError("guidance needs classes: set model.classes to their number, or guidance=null")
+        kind = self.objective.kind
+        if self.guidance is not None and self.guidance.terms and not self.objective.learns_velocity:
+            raise ValueError(
+                f"objective.kind={kind} does not learn u(z, t, t), which guidance evaluates: "
+                "set guidance.omega_prime=1 guidance.kappa=0, or guidance=null"
+            )
+        if self.train.compile_mode and self.objective.same_dropout and getattr(self.model, "dropout", 0):
+            raise ValueError(
+                f"objective.kind={kind} needs the same dropout mask in two passes, which train.compile does not "
+                "promise: set train.compile=null or model.dropout=0"
+            )
+        if self.train.tangent_precision and not self.objective.needs_jvp:
+            raise ValueError(f"train.tangent_precision has no effect: objective.kind={kind} takes no derivative")
         self.objective.check_network(self.model.guidance_inputs, self.model.branches, self.model.classes)
         if self.objective.omega_range is not None and self.guidance is not None:
             raise ValueError(
@@ -309,7 +327,7 @@ class RunConfig:
         teacher = self.objective.teacher_decay
         if teacher is not None and (teacher not in self.ema.decays or self.ema.store != "device"):
             raise ValueError(
-                f"objective.kind={self.objective.kind} learns from the average {teacher}: "
+                f"objective.kind={kind} learns from the average {teacher}: "
                 f"ema.decays must contain it, and ema.store must be device"
             )
         given = self.data.augment_labels if isinstance(self.data, DataConfig) else 0

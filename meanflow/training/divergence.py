@@ -152,7 +152,7 @@ def record_failure(run: RunFolder, config: RunConfig, before: Checkpoint, failed
     purposes = ["times", "noise", *(("posterior", "mirror") if config.data.kind == "latents" else ("augment", "flip"))]
     if config.guidance is not None:
         purposes.append("label drop")
-    if config.objective.omega_range is not None:
+    if config.objective.sample_cond(torch.zeros(1), torch.ones(1), config.model.classes, torch.Generator()):
         purposes.append("conditioning")
     failure = {
         "step": failed.step,

@@ -186,9 +186,14 @@ def codec_of(config: RunConfig, device: torch.device) -> Codec | None:
 _codec = lru_cache(maxsize=1)(open_codec)  # shared by the networks of one checkpoint
 
 
-def noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-    """z_1 of samples start … stop − 1, (stop − start, *shape), each from its own generator on the CPU."""
-    base = derive_seed(seed, "sample")  # consecutive seeds, since PyTorch keeps 32 bits and hashes would collide
+def noise(seed: int, start: int, stop: int, shape: tuple[int, ...], step: int = 0) -> Tensor:
+    """z_1 of samples start … stop − 1, (stop − start, *shape), each from its own generator on the CPU.
+
+    step: 0, or the number of the sampling step after which new noise is added.
+    """
+    base = derive_seed(
+        seed, "sample", *[step] * (step > 0)
+    )  # consecutive seeds, since PyTorch keeps 32 bits and hashes would collide
     seeds = [(base + k) % 2**32 for k in range(start, stop)]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
@@ -208,12 +213,17 @@ def generate(
     labels (B,) int64: the classes asked for, None for unconditional. guidance: where it is an input of the network;
     None: the recipe's. Raises NumericsError if a sample is not finite.
     """
-    z = noise(seed, start, stop, model.config.z_shape).to(model.device).contiguous(memory_format=torch.channels_last)
+
+    def draw(step: int) -> Tensor:
+        z = noise(seed, start, stop, model.config.z_shape, step)
+        return z.to(model.device).contiguous(memory_format=torch.channels_last)
+
     cond = {} if labels is None else {"class_labels": labels.to(model.device)}
     guidance = model.guided() if guidance is None else guidance
     if guidance is not None:
-        cond |= guidance.inputs(len(z), model.device)
-    images = sample(model.network, z, steps, grid, **cond)
+        cond |= guidance.inputs(stop - start, model.device)
+    sampler = model.config.objective.sampler
+    images = sample(model.network, draw(0), steps, grid, sampler=sampler, noise=draw, **cond)
     if model.codec is not None:
         images = model.codec.decode(images)
     if not torch.isfinite(images).all():

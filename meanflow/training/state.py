@@ -18,6 +18,7 @@ from meanflow.training.checkpoint import FORMAT, Checkpoint
 from meanflow.training.config import WEIGHTS, EmaConfig, InitConfig, OptimConfig, RunConfig, config_from_tree
 from meanflow.training.divergence import Guard
 from meanflow.training.official.dit import Teacher, read_teacher
+from meanflow.training.radam import RAdam
 from meanflow.training.run_folder import environment, find_checkpoint
 from unet import UNet, UNetConfig
 
@@ -65,14 +66,10 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        network.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    how = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.kind == "radam":
+        return RAdam(network.parameters(), **how)
+    return torch.optim.AdamW(network.parameters(), **how, fused=True)
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:

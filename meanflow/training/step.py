@@ -13,7 +13,7 @@ from meanflow.guidance import guided_velocity
 from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
 from meanflow.objectives import Loss
 from meanflow.objectives.base import interpolate
-from meanflow.training.batches import MicroBatch
+from meanflow.training.batches import LABELS, MicroBatch
 from meanflow.training.config import OptimConfig, RunConfig, TrainConfig
 from meanflow.training.divergence import Guard
 from meanflow.training.metrics import StepSums
@@ -42,7 +42,7 @@ def configure_numerics(config: TrainConfig) -> None:
 
 def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: Ema | None = None) -> LossFunction:
     """The loss of a micro-batch. `ema` gives the averaged teacher, where the objective asks for one."""
-    u = in_training_precision(network, config.train)
+    u = eager = in_training_precision(network, config.train)
     jvp, mode = take_jvp(config.train.jvp), config.train.compile_mode
     if mode is not None and config.objective.needs_jvp:
         jvp = compiled_jvp(network, config.train.jvp, mode)
@@ -56,7 +56,7 @@ def make_loss(network: nn.Module, config: RunConfig, device: torch.device, ema: 
             torch.compiler.cudagraph_mark_step_begin()
         cond, v = batch.cond, None
         if config.guidance is not None:
-            v = _guided(u, network, batch, config)
+            v = _guided(eager, network, batch, config)  # the number of rows varies: compiled, each would be a graph
             null_class = torch.full_like(cond["class_labels"], config.model.classes)
             unconditional = batch.unconditional.to(device, non_blocking=True)
             cond = {**cond, "class_labels": torch.where(unconditional, null_class, cond["class_labels"])}
@@ -117,10 +117,9 @@ def _guided(u: Network, network: nn.Module, batch: MicroBatch, config: RunConfig
     """The guided velocity of a micro-batch. One pass of twice the batch uses a GPU better; a CPU gains nothing."""
     z, v = interpolate(batch.x, batch.eps, batch.t), batch.eps - batch.x
     batched, null_class = z.device.type != "cpu", config.model.classes
+    labels = {name: batch.cond[name] for name in LABELS if name in batch.cond}
     with evaluating(network):
-        return guided_velocity(
-            u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **batch.cond
-        )
+        return guided_velocity(u, z, batch.t, v, batch.unconditional, null_class, config.guidance, batched, **labels)
 
 
 @contextmanager
