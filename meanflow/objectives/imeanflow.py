@@ -192,6 +192,10 @@ class IMeanFlow(Objective):
         return self.times.varying_rows
 
     @property
+    def passes(self) -> int:
+        return 1 + (2 if self.omega_max > 1 else 1)
+
+    @property
     def omega_range(self) -> tuple[float, float] | None:
         return (1.0, self.omega_max) if self.omega_max > 1 else None
 
