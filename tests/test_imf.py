@@ -151,6 +151,15 @@ def test_a_branch_that_is_not_asked_for_is_not_run():
         assert torch.equal(broken(b.x, b.r, b.t, head=head, **cond), expected)
 
 
+def test_in_training_v_has_no_tangent():
+    net, b, seen = small(SMALL), batch(SMALL), {}
+    for branch in ("u", "v"):
+        first = getattr(net, f"{branch}_heads")[0]
+        first.register_forward_pre_hook(lambda _, inputs, branch=branch: seen.update({branch: type(inputs[0])}))
+    on_dual(in_training_precision(net, tiny_config().train), b, torch.ones_like(b.x), head="both", **conditions())
+    assert seen == {"u": Dual, "v": torch.Tensor}
+
+
 def test_without_its_branch_v_is_refused_and_u_is_the_same():
     net, b = small(SMALL), batch(SMALL)
     u = net(b.x, b.r, b.t)

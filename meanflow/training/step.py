@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from meanflow.dual import tangents_in
+from meanflow.dual import tangents_in, value_of
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import Network, checkpointed, compiled_jvp, take_jvp
 from meanflow.objectives import Loss
@@ -72,6 +72,8 @@ def in_training_precision(network: nn.Module, config: TrainConfig) -> Network:
     Only the blocks run in bf16. Times, labels, the first and the last layer stay float32: rounded to bf16, times near
     1 would differ by 1/256 at least, and u and du/dt would have more error from them than from all blocks.
     """
+    if "v" in getattr(getattr(network, "config", None), "branches", ()):
+        network = functools.partial(network, primal=value_of)  # v needs no derivative
     run_block = RUN_BLOCK[config.activation_checkpointing if config.compile_mode is None else None]
     if config.precision == "bf16":  # a context that is entered but disabled would still be part of a compiled graph
 
