@@ -16,7 +16,7 @@ from meanflow.logs import log
 from meanflow.random import derive_seed
 from meanflow.sampling import sample
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.config import WEIGHTS, RunConfig, config_from_tree, load_config
+from meanflow.training.config import RunConfig, config_from_tree, load_config
 from meanflow.training.official import read_official
 from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.state import build_network, copy_strictly
@@ -79,10 +79,12 @@ class Model:
 
 
 def load(what: str | Path, ema: float | str | None = None, device: str | torch.device | None = None) -> Model:
-    """The network of a run folder or checkpoint file (ours, or an official one), in evaluation mode.
+    """The network of a run, in evaluation mode.
 
-    ema: one of the decays kept, "weights", or None for the recipe's. device: by default CUDA where there is one.
-    Raises AssetError if there is no intact checkpoint, UserError for an average that it does not keep.
+    what: a run folder, a checkpoint file (ours, or an official one), a shared folder, or where no such path is here the
+    name of a shared model on the Hugging Face hub, owner/name. ema: one of the decays kept, "weights", or None for the
+    recipe's. device: by default CUDA where there is one. Raises AssetError if there is no intact checkpoint, UserError
+    for an average that it does not keep.
     """
     path, checkpoint = open_checkpoint(Path(os.path.expanduser(what)))
     return model_of(path, checkpoint, None if ema is None else str(ema), device_of(device))
@@ -99,9 +101,10 @@ def device_of(device: str | torch.device | None) -> torch.device:
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint file `what` (ours or an official one), or the newest intact one of the run folder `what`.
 
-    Raises AssetError if there is none or it is damaged.
+    `what` may also be a shared folder or the name of a shared model on the hub: its weights' file, in a checkpoint's
+    form. Raises AssetError if there is none or it is damaged.
     """
-    official = None if what.is_dir() else read_official(what)
+    official = read_official(what) if what.is_file() else None
     if official is not None:
         return what, official
     path, checkpoint, complaints = find_checkpoint(what)
@@ -124,12 +127,14 @@ def config_of(path: Path, checkpoint: Checkpoint) -> RunConfig:
 def model_of(path: Path, checkpoint: Checkpoint, ema: str | None, device: torch.device) -> Model:
     """One network of an opened checkpoint; see `load`."""
     config = config_of(path, checkpoint)
-    ema = repr(config.ema.eval) if ema is None else ema
-    if ema != WEIGHTS and ema not in checkpoint.ema:
-        raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join(checkpoint.ema)} and {WEIGHTS}")
+    ema = checkpoint.meta.get("ema", repr(config.ema.eval)) if ema is None else ema  # a shared one says which
+    if ema not in checkpoint.kept:
+        *others, last = checkpoint.kept
+        raise UserError(
+            f"{path}: has no EMA {ema}; it keeps {' and '.join([', '.join(others)] * bool(others) + [last])}"
+        )
     network = build_network(config, device)
-    tensors = checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
-    copy_strictly(dict(network.named_parameters()), tensors, str(path))
+    copy_strictly(dict(network.named_parameters()), checkpoint.kept[ema], str(path))
     return Model(network.eval(), config, path, ema, checkpoint.meta, codec_of(config, device))
 
 
