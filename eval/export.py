@@ -41,6 +41,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--runtime goes with --to html")
     if args.device == "cuda" and args.to in ("onnx", "html"):
         raise UserError(f"--device cuda: a file for --to {args.to} is not of a device; it is checked on the CPU")
+    if args.precision == "bf16" and args.to in ("onnx", "html"):
+        raise UserError(
+            "--precision bf16: ONNX Runtime has no such convolutions on CPUs to check it with: fp16, or --to pt2"
+        )
     check_out(args.out, args.overwrite)
     return args
 

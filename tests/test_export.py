@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from latent_helpers import save_tiny_vae
 from running import ROOT
 
 from eval.export import main as export
@@ -74,6 +73,10 @@ def test_an_onnx_file_and_the_page_of_it(tmp_path, capsys):
 @pytest.mark.parametrize("run", [UNET, DIT], ids=["unet", "dit"])
 def test_lower_precision_is_that_of_the_blocks(run):
     model = load(run, device=CPU)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.network.parameters():  # after four steps of training u is nearly zero
+            parameter += 0.1 * torch.randn_like(parameter)
     known = check.expected(model, 2, None)
     lower_precision(model.network, DTYPES["bf16"], model.config.z_shape)
     kinds = {name: p.dtype for name, p in model.network.named_parameters()}
@@ -83,15 +86,6 @@ def test_lower_precision_is_that_of_the_blocks(run):
     assert 0 < found < 0.1
     with pytest.raises(NumericsError, match="more than the 1e-04 that fp32 may"):
         check.difference(Generator(model.network, 2), known, "fp32", "it")
-
-
-def test_the_vaes_decoder_is_what_decode_computes(tmp_path):
-    pytest.importorskip("diffusers", reason="pip install -e .[imagenet]")
-    from meanflow.data.codec import open_codec
-
-    codec = open_codec(str(save_tiny_vae(tmp_path / "vae")), "cpu", "fp32", 2)
-    z = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(codec.decoder()(z), codec.decode(z))
 
 
 def test_what_is_refused(trained, tmp_path, monkeypatch):
@@ -109,6 +103,10 @@ def test_what_is_refused(trained, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "needs a C++ compiler" in str(refused(trained.path, "--to", "aoti", "--out", out))
+    assert "no such convolutions" in str(
+        refused(trained.path, "--to", "onnx", "--precision", "bf16", "--out", tmp_path / "x.onnx")
+    )
+    monkeypatch.setattr(files, "write", lambda kind, module, inputs, output, path: path.touch())
     monkeypatch.setattr(files, "open_program", lambda *ignored: lambda z: z)
     error = refused(trained.path, "--to", "pt2", "--out", out)
     assert isinstance(error, NumericsError) and "nothing was written" in str(error)

@@ -134,7 +134,7 @@ def test_the_card(folder):
     for part in ("# birds", "![samples](samples.png)", "20 of 20 steps of 8 images", "EMA 0.9: `model.safetensors`"):
         assert part in text, part
     assert "2 classes: class0, class1" in text and "images, 22 images" in text and str(folder.parent) not in text
-    assert "None were measured" in text and "geng2025meanflow" in text and "Algorithm 1" in text
+    assert "`meanflow`: Algorithm 1 |" in text and "None were measured" in text and "geng2025meanflow" in text
 
 
 def test_the_two_lines_of_the_card_load_it(folder, monkeypatch):
@@ -157,6 +157,7 @@ def test_scores_are_those_of_the_step_and_average_with_their_protocol(trained, t
     rows = [
         line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("| fd-pixels")
     ]
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()  # of the commands
     assert len(rows) == 1 and "| 1 | EMA 0.9 | 70 | pixels |" in rows[0] and "fewer than 50,000" in rows[0]
 
 
@@ -243,7 +244,7 @@ def test_which_names_are_the_hubs(tmp_path, monkeypatch):
 def test_a_local_path_wins_and_a_name_needs_the_hub(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(AssetError, match=r"may be a model of the Hugging Face hub, which needs .* pip install hugg"):
+    with pytest.raises(AssetError, match=r"as a name on the hub it needs huggingface_hub: .* pip install hugg"):
         load("owner/birds")
     assert "-m pip install huggingface-hub" in one_line(capsys, 3, folder, "out", "--push", "owner/birds")
     assert load("out").ema == "0.9"  # all but the upload was done

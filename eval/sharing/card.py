@@ -48,9 +48,10 @@ class Card:
         channels, size, _ = self.config.image_shape
         kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
         by_class = " by class" if self.config.model.classes else ""
+        words = " ".join(self.config.description.split()).rstrip(".")
         return (
-            f"{self.config.description.rstrip('.')}. A network u(z, r, t) of average velocities that makes {kind} "
-            f"images of {size}×{size} pixels{by_class} from noise in one evaluation, or better ones in a few "
+            f"{words[:1].upper()}{words[1:]}. A network u(z, r, t) of average velocities that makes "
+            f"{kind} images of {size}×{size} pixels{by_class} from noise in one evaluation, or better ones in a few "
             f"([Mean Flows for One-step Generative Modeling]({PAPER}))."
         )
 
@@ -67,7 +68,7 @@ class Card:
 
     def _facts(self) -> list[list[str]]:
         config, meta = self.config, self.meta
-        objective = (type(config.objective).__doc__ or "").strip().partition("\n")[0]
+        objective = (type(config.objective).__doc__ or "").strip().partition("\n")[0].partition(". ")[0]
         train = f"{meta['step']:,} of {config.train.steps:,} steps of {config.train.batch:,} images"
         train += f" ({meta['images']:,} in all), {config.train.precision}"
         if meta["seconds"]:
@@ -129,7 +130,7 @@ def scores_text(scores: Sequence[Score]) -> str:
         value = f"{score.value:.4g}" + ("" if score.deviation is None else f" ± {score.deviation:.2g}")
         how = [str(score.nfe), _average(score.ema), f"{score.n:,}", score.extractor, Path(score.reference).name]
         rows.append([score.metric, value, *how, score.why or "yes"])
-    commands = dict.fromkeys(score.command for score in found if score.command)
+    commands = dict.fromkeys(_without_folders(score.command) for score in found if score.command)
     return "\n\n".join([table(header, rows), "Measured with:", "```\n" + "\n".join(commands) + "\n```"])
 
 
@@ -138,6 +139,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in row)} |" for row in lines
     )
+
+
+def _without_folders(command: str) -> str:
+    """A command without the folders of the machine that it ran on."""
+    return " ".join(Path(word).name if word.startswith(("/", "~")) else word for word in command.split())
 
 
 def _average(ema: str) -> str:

@@ -58,7 +58,7 @@ def write_shared(folder: Path, config: "RunConfig", averages: Mapping[str, dict[
     """
     from meanflow.training import settings
 
-    save_file = _safetensors(str(folder)).save_file
+    save_file = _safetensors().save_file
     first, weights = next(iter(averages)), {}
     for ema, tensors in averages.items():
         path = folder / weights_file(ema, first)
@@ -152,7 +152,7 @@ def _tensors(path: Path, digest: str) -> dict[str, "Tensor"]:
         raise AssetError(f"{path}: is missing, though {CONFIG} names it")
     if sha256_file(path) != digest:
         raise AssetError(f"{path}: is damaged (its checksum differs from the one in {CONFIG})")
-    load_file = _safetensors(str(path)).load_file
+    load_file = _safetensors().load_file
     try:
         return load_file(path, device="cpu")
     except Exception as error:  # what its reader raises is not documented
@@ -160,16 +160,16 @@ def _tensors(path: Path, digest: str) -> dict[str, "Tensor"]:
         raise AssetError(f"{path}: cannot be read as safetensors ({reason})") from error
 
 
-def _safetensors(what: str) -> Any:
+def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise _missing(f"{what}: weights are shared as safetensors", "safetensors") from error
+        raise _missing("a shared run is safetensors, a package that is missing here", "safetensors") from error
     return safetensors.torch
 
 
 def _missing(what: str, *packages: str) -> AssetError:
-    return AssetError(f"{what}, which needs a package: {sys.executable} -m pip install {' '.join(packages)}")
+    return AssetError(f"{what}: {sys.executable} -m pip install {' '.join(packages)}")
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def download(name: str) -> Path:
 
     Raises AssetError if it cannot be downloaded and is not in the cache.
     """
-    hub = _hub(f"{name} is no run, checkpoint or shared folder here; it may be a model of the Hugging Face hub")
+    hub = _hub(f"{name} is no run, checkpoint or shared folder here; as a name on the hub it needs huggingface_hub")
     try:
         with _quiet():
             return Path(hub.snapshot_download(name, allow_patterns=[CONFIG, "model*.safetensors"]))
@@ -197,7 +197,7 @@ def push(folder: Path, name: str, files: Sequence[str], private: bool = False, u
     update: whether the model may be there already. Raises UserError if it is and may not, AssetError if the hub cannot
     be reached or refuses.
     """
-    hub = _hub("--push uploads to the Hugging Face hub")
+    hub = _hub("--push needs huggingface_hub")
     by_hand = f"{folder} is complete; to upload it later: hf upload {name} {folder}"
     try:
         with _quiet():
