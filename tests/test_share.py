@@ -176,6 +176,10 @@ def test_nothing_is_overwritten_and_nothing_half_made_is_left(trained, tmp_path,
     monkeypatch.setattr("eval.sharing.card.Card.text", lambda card: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         share([str(trained.path), str(tmp_path / "x")])
+    monkeypatch.setattr(
+        "safetensors.torch.save_file", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("disk full"))
+    )
+    assert "model.safetensors: cannot be written (disk full)" in one_line(capsys, 3, trained.path, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 

@@ -33,11 +33,12 @@ def refuse_missing(kind: str) -> None:
 
 
 def write(kind: str, module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
-    """`module` as a file of one of `FORMATS` at `path`, for any batch.
+    """`module` as a file of one of `FORMATS` at `path`, for any batch, or up to the `largest_batch` of a part of it.
 
     inputs: an example of each, (B, …) with B > 1, in the order of its arguments.
     """
-    batch = torch.export.Dim("batch")
+    limits = [part.largest_batch for part in module.modules() if hasattr(part, "largest_batch")]
+    batch = torch.export.Dim("batch", max=min(limits)) if limits else torch.export.Dim("batch")
     shapes, values = tuple({0: batch} for _ in inputs), tuple(inputs.values())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporters' own insides

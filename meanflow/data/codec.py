@@ -121,6 +121,8 @@ class AutoencoderCodec:
 class ScaledDecoder(nn.Module):
     """z (n, C, h, w), in the network's range → the VAE's images of z / scale."""
 
+    largest_batch = 63  # that can be traced: from 64 on diffusers' upsampling makes a copy first
+
     def __init__(self, vae: nn.Module, scale: float):
         super().__init__()
         self.vae, self.scale = vae, scale

@@ -5,14 +5,14 @@
 others have files of their own. Nothing else in the folder is read.
 """
 
-import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meanflow.errors import AssetError, UserError, write_errors_named
+from meanflow.errors import AssetError, UserError
 from meanflow.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # these import PyTorch: seconds that other readers of a folder do not need
@@ -62,13 +62,18 @@ def write_shared(folder: Path, config: "RunConfig", averages: Mapping[str, dict[
     first, weights = next(iter(averages)), {}
     for ema, tensors in averages.items():
         path = folder / weights_file(ema, first)
-        with write_errors_named(path):
+        try:
             save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors leaves it to its owner alone
+            path.chmod(0o644)  # safetensors leaves it to its owner alone
+        except Exception as error:  # of a full disk, say, one of its own kinds
+            raise AssetError(f"{path}: cannot be written ({_reason(error)})") from error
         weights[ema] = {"file": path.name, "sha256": sha256_file(path)}
     content = {"format": FORMAT, "library_name": LIBRARY, "ema": first, "weights": weights}
-    content |= {"config": settings.to_tree(config), "meta": {k: v for k, v in meta.items() if k != "config"}}
-    write_json(folder / CONFIG, json.loads(json.dumps(content)))  # tuples become lists
+    content |= {
+        "config": settings.to_tree(config),
+        "meta": {k: v for k, v in meta.items() if k not in ("config", "spike_guard")},
+    }
+    write_json(folder / CONFIG, content)
 
 
 def paths_in(config: "RunConfig") -> dict[str, str]:
@@ -97,11 +102,8 @@ def read_shared(folder: Path) -> tuple[Path, "Checkpoint"]:
             raise AssetError(f"{file}: has format {content['format']}, this version reads {FORMAT}")
         first, listed = content["ema"], content["weights"]
         names = {ema: entry["file"] for ema, entry in listed.items()}
-        if (
-            first not in names
-            or not all(map(_is_ema, names))
-            or names != {ema: weights_file(ema, first) for ema in names}
-        ):
+        expected = {ema: weights_file(ema, first) for ema in listed}
+        if first not in names or not all(map(_is_ema, names)) or names != expected:
             raise ValueError
         averages = {ema: _tensors(folder / entry["file"], entry["sha256"]) for ema, entry in listed.items()}
         model = averages.pop(WEIGHTS, {})
@@ -221,17 +223,17 @@ def _hub(what: str) -> Any:
     return huggingface_hub
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The hub's client reports each of its attempts; one line at the end says more."""
+    from huggingface_hub.utils import logging
 
-    def __enter__(self) -> None:
-        from huggingface_hub.utils import logging
-
-        self.logging, self.before = logging, logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.logging.set_verbosity(self.before)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _reason(error: Exception) -> str:
