@@ -90,7 +90,7 @@ class Card:
             ["data", data_text(config, meta["data"])],
             ["training", train],
             ["weights", "; ".join(weights)],
-            ["recipe", "every setting is in `config.json`"],
+            ["settings", "all are in `config.json`"],
         ]
 
 

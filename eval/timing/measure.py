@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,29 +48,22 @@ class Latency:
 
 
 def measure(model: Model, plan: Plan) -> list[Latency]:
-    """Every combination in `plan`, medians over its rounds."""
-    found = []
+    """Every combination in `plan`, all in turns, so that what else the machine does meets all alike."""
+    work: dict[tuple[str, int, int], Callable[[], Tensor]] = {}
+    keys = [(mode, steps, batch) for mode in plan.modes for batch in plan.batches for steps in plan.steps]
     with tempfile.TemporaryDirectory() as folder:
         for mode in plan.modes:
-            draw = _sampler(_network(model, mode, Path(folder)), model.codec)
-            found += _measure_mode(mode, draw, model, plan)
-    return found
-
-
-def _measure_mode(mode: str, draw: Callable, model: Model, plan: Plan) -> list[Latency]:
-    work, kept = {}, []
-    one = inputs_of(model, 1)
-    draw(1, **one)  # to warm up
-    quick = seconds_of(lambda: draw(1, **one), model.device)
-    for batch in plan.batches:
-        inputs = inputs_of(model, batch)
-        for steps in plan.steps:
-            kept.append((steps, batch))
-            if quick * steps * batch <= plan.limit:
-                work[steps, batch] = lambda steps=steps, inputs=inputs: draw(steps, **inputs)
-    log.info(f"{model.path}: {mode}, {len(work)} of {len(kept)} combinations")
-    seconds = take_turns(work, plan.rounds, model.device) if work else {}
-    return [Latency(mode, *key, Spread.of(seconds[key]) if key in seconds else None) for key in kept]
+            draw, one = _sampler(_network(model, mode, Path(folder)), model.codec), inputs_of(model, 1)
+            draw(1, **one)  # to warm up
+            quick = min(seconds_of(lambda draw=draw, one=one: draw(1, **one), model.device) for _ in range(3))
+            for batch in plan.batches:
+                inputs = inputs_of(model, batch)
+                for steps in plan.steps:
+                    if quick * steps * batch <= plan.limit:  # more than it takes: a batch gains something
+                        work[mode, steps, batch] = partial(draw, steps, **inputs)
+        log.info(f"{model.path}: {len(work)} of {len(keys)} combinations, {plan.rounds} rounds")
+        seconds = take_turns(work, plan.rounds, model.device)
+    return [Latency(*key, Spread.of(seconds[key]) if key in seconds else None) for key in keys]
 
 
 def _sampler(network: Network, codec: Codec | None) -> Callable[..., Tensor]:
