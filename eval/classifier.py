@@ -2,13 +2,13 @@
 
 import sys
 
-from eval.scoring.options import Parser, add_device, add_guidance, count, path
+from eval.scoring.options import RUN, Parser, add_device, add_guidance, count, path
 from meanflow.errors import run_main
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("classifier", __doc__)
-    parser.add_argument("what", type=path, metavar="RUN", help="run folder or checkpoint of a class-conditional run")
+    parser.add_argument("what", type=path, metavar="RUN", help=f"{RUN}, of a class-conditional run")
     parser.add_argument("--n", type=count, default=5000, help="samples (5000)")
     parser.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")
     parser.add_argument("--ema", help="a decay that the run keeps, or 'weights' (the recipe's ema.eval)")

@@ -24,6 +24,7 @@ from eval.scoring.options import (
     INCEPTION,
     METRICS,
     NAMED,
+    RUN,
     Parser,
     add_device,
     count,
@@ -70,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _score_parser() -> Parser:
     out = Parser("fid", __doc__, epilog=EXIT_CODES)
     what = out.add_argument_group("what is scored (one of)")
-    what.add_argument("what", nargs="?", type=path, metavar="WHAT", help="run folder or checkpoint (ours, official)")
+    what.add_argument("what", nargs="?", type=path, metavar="WHAT", help=RUN)
     what.add_argument("--ckpt", type=path, help="the same for a checkpoint file")
     what.add_argument("--samples", type=path, help="folder, zip, tar or npz (arr_0) of images")
     how = out.add_argument_group("how")
@@ -165,6 +166,7 @@ def _score(args: argparse.Namespace, ctx) -> int:
     from meanflow.training.model import config_of, open_checkpoint
     from meanflow.training.processes import assert_same_on_all_ranks, run_on_rank0
     from meanflow.training.run_folder import RunFolder
+    from meanflow.training.shared import is_shared
 
     given = {name: str(value) for name, value in vars(args).items() if name != "work"}
     assert_same_on_all_ranks(ctx, given, "arguments")
@@ -177,6 +179,10 @@ def _score(args: argparse.Namespace, ctx) -> int:
         what = args.what or args.ckpt
         file, checkpoint = open_checkpoint(what)
         config = config_of(file, checkpoint)
+        if is_shared(file.parent) and args.extractor is None and ":" in config.eval.extractor:
+            raise UserError(
+                f"{what} asks for features by code, {config.eval.extractor}: name it as --extractor if you trust it"
+            )
         sampling = Sampling(args.n or FULL_N, args.seed, args.labels, args.quantise or config.sample.uint8)
         steps, grids = args.steps or (() if args.grid else (1,)), tuple(args.grid)
         digest = sha256_file(file)

@@ -1,16 +1,16 @@
-"""`bash run.sh sample RUN`: images from a run folder or checkpoint, as a grid, a folder of PNGs, or an npz."""
+"""`bash run.sh sample RUN`: images from a run, checkpoint or shared model, as a grid, a folder of PNGs, or an npz."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from eval.scoring.options import Parser, add_device, add_guidance, count, grid, guidance_name, path, steps_name
+from eval.scoring.options import RUN, Parser, add_device, add_guidance, count, grid, guidance_name, path, steps_name
 from meanflow.errors import UserError, run_main
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("sample", __doc__)
-    parser.add_argument("what", type=path, metavar="RUN", help="run folder or checkpoint file")
+    parser.add_argument("what", type=path, metavar="RUN", help=RUN)
     parser.add_argument("--n", type=count, default=64, help="how many samples (64)")
     times = parser.add_mutually_exclusive_group()
     times.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _default_out(args: argparse.Namespace, model, times: str, guidance) -> Path:
     folder = args.what / "samples" if args.what.is_dir() else args.what.parent
+    if not args.what.exists():  # a name on the hub: owner/ is no folder here
+        folder = Path(args.what.name)
     label = "" if args.label is None else f"-label{args.label}"
     label += "" if guidance is None else guidance_name(guidance.omega, guidance.interval)
     return folder / f"step{model.meta['step']:08d}-{times}-ema{model.ema}-seed{args.seed}{label}.png"

@@ -22,7 +22,7 @@ ALLOWED = {
 COMMAND_OF = {  # folder of eval → the command that its parts belong to
     **{"scoring": "eval.fid", "sampling": "eval.sample", "reports": "eval.report"},
     **{"tables": "eval.table", "benchmark": "eval.bench", "toy": "eval.toy2d"},
-    "checking": "eval.check",
+    **{"checking": "eval.check", "sharing": "eval.share", "exporting": "eval.export", "timing": "eval.latency"},
 }
 OURS = {"unet", "dit", "meanflow", "eval", "run", "tests"}
 SOURCES = sorted([ROOT / "run.py", *(path for name in OURS - {"run", "tests"} for path in (ROOT / name).rglob("*.py"))])

@@ -86,6 +86,11 @@ def test_decoding_in_parts_and_in_bf16(vae):
     assert 0 < difference < 0.05 * whole.abs().max()
 
 
+def test_the_decoder_as_a_module_is_decode(vae):
+    codec, z = open_codec(str(vae), "cpu", "fp32", 2), torch.randn(3, 4, 4, 4)
+    torch.testing.assert_close(codec.decoder()(z), codec.decode(z))
+
+
 def test_the_vae_computes_in_exact_float32_despite_training_settings(vae, monkeypatch):
     codec, found = opened(vae), []
     for part in (codec.vae.encoder, codec.vae.decoder):

@@ -152,8 +152,12 @@ def read_run(folder: RunFolder, name: str) -> RunRecord:
     columns = read_columns(folder.metrics_file)
     if not columns:
         raise AssetError(f"{folder.path}: has no metrics.jsonl with steps in it; is it a run folder?")
-    scores = [score for path in sorted(folder.eval.glob("*.json")) for score in _scores(path)]
-    return RunRecord(folder, name, columns, tuple(scores), tuple(starts(folder)))
+    return RunRecord(folder, name, columns, read_scores(folder), tuple(starts(folder)))
+
+
+def read_scores(folder: RunFolder) -> tuple[Score, ...]:
+    """Raises AssetError, naming the file, if one is damaged."""
+    return tuple(score for path in sorted(folder.eval.glob("*.json")) for score in _scores(path))
 
 
 def run_names(runs: list[RunFolder]) -> dict[RunFolder, str]:

@@ -16,6 +16,7 @@ CIFAR10_SPLITS = {"cifar10-train": "train", "cifar10-test": "test"}
 DIGITS = "digits"
 ADM = "adm-imagenet256"  # ADM's statistics of ImageNet's training images at 256², and 10,000 of them
 NAMED = (*CIFAR10_SPLITS, DIGITS, ADM)  # references that have a name
+RUN = "run folder, checkpoint file, shared folder, or owner/name on the Hugging Face hub"
 FULL_N = 50_000  # what "FID" means without another number beside it
 
 

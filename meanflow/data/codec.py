@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meanflow.errors import AssetError, ConfigError
@@ -41,6 +41,9 @@ class Codec(Protocol):
     def decode(self, z: Tensor) -> Tensor:
         """Latents in the network's range (n, C, h, w) → float32 (n, channels, S, S), about [−1, 1], not clamped."""
 
+    def decoder(self) -> nn.Module:
+        """What `decode` computes, in float32 and all at once: a module that can be traced into a graph."""
+
 
 class SpaceToDepth:
     """2×2 pixels become four channels, in [−1, 1], without spread: a latent path that needs no weights."""
@@ -62,6 +65,9 @@ class SpaceToDepth:
 
     def decode(self, z: Tensor) -> Tensor:
         return F.pixel_shuffle(z.to(self.device).float(), 2)
+
+    def decoder(self) -> nn.Module:
+        return nn.PixelShuffle(2)
 
 
 class AutoencoderCodec:
@@ -107,6 +113,22 @@ class AutoencoderCodec:
             with exact_float32(), torch.autocast(**self.autocast):
                 images.append(self.vae.decode(part.to(self.device).float() / self.scale).sample.float())
         return torch.cat(images)
+
+    def decoder(self) -> nn.Module:
+        return ScaledDecoder(self.vae, self.scale)
+
+
+class ScaledDecoder(nn.Module):
+    """z (n, C, h, w), in the network's range → the VAE's images of z / scale."""
+
+    largest_batch = 63  # that can be traced: from 64 on diffusers' upsampling makes a copy first
+
+    def __init__(self, vae: nn.Module, scale: float):
+        super().__init__()
+        self.vae, self.scale = vae, scale
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z / self.scale, return_dict=False)[0]
 
 
 def to_network_range(images: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Checkpoint:
     optimizer: dict[str, dict[str, Tensor]]
     meta: dict[str, Any]
 
+    @property
+    def kept(self) -> dict[str, dict[str, Tensor]]:
+        """{decay, or "weights": {name: tensor}}: each set of weights that a network can be loaded with."""
+        return self.ema | ({"weights": self.model} if self.model else {})
+
 
 class _HashingFile:
     """A binary file that knows the SHA-256 of what was written."""
@@ -149,7 +154,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if meta["format"] != FORMAT:
             raise AssetError(f"{path}: has checkpoint format {meta['format']}, this version reads {FORMAT}")
         checkpoint = Checkpoint(*(content[part] for part in PARTS), meta)
-        _check_kinds(checkpoint)
+        check_kinds(checkpoint)
         return checkpoint
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise AssetError(f"{path}: is not a checkpoint of this project") from error
@@ -185,7 +190,7 @@ def _refuse_bombs(path: Path) -> None:
                 raise AssetError(f"{path}: holds more than tensors (a bytearray)")
 
 
-def _check_kinds(checkpoint: Checkpoint) -> None:
+def check_kinds(checkpoint: Checkpoint) -> None:
     """Raises TypeError unless types are those of `Checkpoint`; names and shapes are checked by who restores it."""
     groups = [checkpoint.model, *_named(checkpoint.ema).values(), *_named(checkpoint.optimizer).values()]
     for group in groups:

@@ -17,7 +17,7 @@ from meanflow.logs import log
 from meanflow.random import derive_seed
 from meanflow.sampling import sample
 from meanflow.training.checkpoint import Checkpoint
-from meanflow.training.config import WEIGHTS, RunConfig, config_from_tree, load_config
+from meanflow.training.config import RunConfig, config_from_tree, load_config
 from meanflow.training.official import read_official
 from meanflow.training.run_folder import RunFolder, find_checkpoint
 from meanflow.training.state import build_network, copy_strictly
@@ -108,10 +108,12 @@ class Model:
 
 
 def load(what: str | Path, ema: float | str | None = None, device: str | torch.device | None = None) -> Model:
-    """The network of a run folder or checkpoint file (ours, or an official one), in evaluation mode.
+    """The network of a run, in evaluation mode.
 
-    ema: one of the decays kept, "weights", or None for the recipe's. device: by default CUDA where there is one.
-    Raises AssetError if there is no intact checkpoint, UserError for an average that it does not keep.
+    what: a run folder, a checkpoint file (ours, or an official one), a shared folder, or where no such path is here the
+    name of a shared model on the Hugging Face hub, owner/name. ema: one of the decays kept, "weights", or None for the
+    recipe's. device: by default CUDA where there is one. Raises AssetError if there is no intact checkpoint, UserError
+    for an average that it does not keep.
     """
     path, checkpoint = open_checkpoint(Path(os.path.expanduser(what)))
     return model_of(path, checkpoint, None if ema is None else str(ema), device_of(device))
@@ -128,7 +130,8 @@ def device_of(device: str | torch.device | None) -> torch.device:
 def open_checkpoint(what: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint `what` (a file of ours, an official file or folder), or the newest intact one of the run `what`.
 
-    Raises AssetError if there is none or it is damaged.
+    `what` may also be a shared folder or the name of a shared model on the hub: its weights' file, in a checkpoint's
+    form. Raises AssetError if there is none or it is damaged.
     """
     run = RunFolder(what)
     official = None if run.config_file.exists() or run.checkpoints.exists() else read_official(what)
@@ -169,10 +172,13 @@ def chosen_weights(
 
     Raises UserError for an average that it does not keep.
     """
-    ema = repr(config.ema.eval) if ema is None else ema
-    if ema != WEIGHTS and ema not in checkpoint.ema:
-        raise UserError(f"{path}: has no EMA {ema}; it keeps {', '.join([*checkpoint.ema, WEIGHTS])}")
-    return ema, checkpoint.model if ema == WEIGHTS else checkpoint.ema[ema]
+    ema = checkpoint.meta.get("ema", repr(config.ema.eval)) if ema is None else ema  # a shared one says which
+    if ema not in checkpoint.kept:
+        *others, last = checkpoint.kept
+        raise UserError(
+            f"{path}: has no EMA {ema}; it keeps {' and '.join([', '.join(others)] * bool(others) + [last])}"
+        )
+    return ema, checkpoint.kept[ema]
 
 
 def codec_of(config: RunConfig, device: torch.device) -> Codec | None:

@@ -121,10 +121,16 @@ def _are_changes(changed: Any) -> bool:
 def find_checkpoint(what: Path) -> tuple[Path, "Checkpoint", list[str]]:
     """The checkpoint file `what`, or the newest intact one of the run folder `what`, and a line on each damaged one.
 
-    Raises AssetError if there is none or it is damaged.
+    `what` may also be a shared folder, or a name of the Hugging Face hub that is no path here (see shared.py). Raises
+    AssetError if there is none or it is damaged.
     """
+    from meanflow.training import shared
     from meanflow.training.checkpoint import load_checkpoint, load_newest
 
+    if shared.is_hub_name(what):
+        what = shared.download(str(what))
+    if shared.is_shared(what):
+        return *shared.read_shared(what), []
     if not what.is_dir():
         return what, load_checkpoint(what), []
     newest = load_newest(RunFolder(what).checkpoints)

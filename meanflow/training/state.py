@@ -288,10 +288,11 @@ def initialise(state: TrainState, config: InitConfig) -> Initialised:
     path, checkpoint, _ = find_checkpoint(Path(config.from_).expanduser())
     ema = config_from_tree(checkpoint.meta["config"], str(path)).ema.eval if config.ema is None else config.ema
     which = WEIGHTS if ema == WEIGHTS else repr(ema)
-    if which != WEIGHTS and which not in checkpoint.ema:
-        kept = ", ".join([*checkpoint.ema, WEIGHTS])
-        raise ConfigError(f"init.ema: {path} keeps no average {which}, but {kept}")
-    there = checkpoint.model if which == WEIGHTS else checkpoint.ema[which]
+    if config.ema is None:
+        which = checkpoint.meta.get("ema", which)  # of a shared folder: the one that it is about
+    if which not in checkpoint.kept:
+        raise ConfigError(f"init.ema: {path} keeps no average {which}, but {', '.join(checkpoint.kept)}")
+    there = checkpoint.kept[which]
     here = dict(state.network.named_parameters())
     common = [name for name in here if name in there]
     taken = [name for name in common if here[name].shape == there[name].shape]
