@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from eval.scoring.options import RUN, Parser, add_device, add_out, check_out, count, path
+from eval.scoring.options import RUN, Parser, add_device, add_guidance, add_out, check_out, count, path
 from meanflow.errors import UserError, run_main, write_errors_named
 
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2", "html": ".html"}
@@ -30,6 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runtime", type=path, metavar="DIR", help="with html: a copy of the npm package onnxruntime-web"
     )
+    add_guidance(parser)
     add_out(parser, "the file to write")
     add_device(parser, "run a pt2 or aoti file")
     args = parser.parse_args(argv)
@@ -59,20 +60,25 @@ def main(argv: list[str] | None = None) -> int:
 
     from eval.exporting.check import LIMITS, SAMPLES, difference, expected, inputs_of
     from eval.exporting.files import open_program, write
-    from eval.exporting.graph import DTYPES, Generator, lower_precision
+    from eval.exporting.graph import DTYPES, Generator, Velocity, lower_precision
     from eval.exporting.page import page, read_runtime
     from meanflow.files import write_text
     from meanflow.training.model import device_of, load
 
     runtime = None if args.runtime is None else read_runtime(args.runtime)
     model = load(args.what, args.ema, "cpu" if kind == "onnx" else device_of(args.device))
+    sampler, guidance = model.config.objective.sampler, model.guided(args.guidance, args.interval)
+    if sampler == "renoise" and args.steps > 1:
+        raise UserError(
+            f"--steps {args.steps}: {args.what} adds new noise after each step, which no graph holds: give 1"
+        )
     decoder = _decoder(args, model)
-    known = expected(model, args.steps, decoder)
+    known = expected(model, args.steps, guidance, decoder)
     network = model.network.to(memory_format=_contiguous())
     if args.precision != "fp32":
         lower_precision(network, DTYPES[args.precision], model.config.z_shape)
     output = "latents" if model.codec is not None and decoder is None else "images"
-    graph = Generator(network, args.steps, decoder)
+    graph = Generator(Velocity(network, guidance), args.steps, sampler, decoder)
     with write_errors_named(args.out), tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".export-") as folder:
         made = Path(folder) / args.out.with_suffix(ENDINGS[kind]).name
         write(kind, graph, inputs_of(model, SAMPLES - 2), output, made)
@@ -85,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 shutil.move(file, args.out.parent / file.name)
     runs = {"onnx": "ONNX Runtime", "pt2": "torch.export", "aoti": "AOTInductor"}[kind]
     evaluations = "1 evaluation" if args.steps == 1 else f"{args.steps} evaluations"
+    evaluations += "" if guidance is None else f", {guidance}"
     print(
         f"{args.what}, EMA {model.ema}, step {model.meta['step']:,} → {args.out}: {evaluations}, {args.precision}, "
         f"noise (batch, {', '.join(map(str, model.config.z_shape))}) → {output} {tuple(known.images.shape[1:])}, "

@@ -10,11 +10,13 @@ import sys
 
 import pytest
 import torch
+from guided_helpers import GUIDED
+from method_helpers import perturbed
 from running import ROOT
 
 from eval.export import main as export
 from eval.exporting import check, files, page
-from eval.exporting.graph import DTYPES, Generator, lower_precision
+from eval.exporting.graph import DTYPES, Generator, Velocity, lower_precision
 from eval.latency import main as latency
 from eval.timing.measure import EAGER, Latency, Plan, measure
 from eval.timing.show import ratios, table
@@ -53,6 +55,29 @@ def test_a_program_of_two_steps_for_any_batch(tmp_path, capsys):
     assert isinstance(error, AssetError) and "--overwrite replaces it" in str(error)
 
 
+def test_guidance_and_the_sampler_of_the_objective_are_in_the_graph(tmp_path, train_tiny, capsys, monkeypatch):
+    graphs = []  # in place of files, which take long to write
+    monkeypatch.setattr(files, "write", lambda _, module, *rest: (graphs.append(module), rest[-1].touch()))
+    monkeypatch.setattr(files, "open_program", lambda *ignored: graphs[-1])
+    guided = train_tiny("guided", **GUIDED, train__steps=1)
+    chosen = ["--guidance", "3", "--interval", "0.2,1", "--steps", "2"]
+    assert export([str(guided.path), "--to", "pt2", *chosen, "--out", str(tmp_path / "guided.pt2")]) == 0
+    assert "2 evaluations, ω 3 in [0.2, 1]" in capsys.readouterr().out
+    model, graph = load(guided.path, device=CPU), graphs[-1]
+    model.network.load_state_dict(perturbed(graph.u.network).state_dict())  # after one step ω does not matter
+    found = graph(*check.inputs_of(model, 4, seed=7).values())
+    expected, without = (model.sample(4, 2, seed=7, guidance=w, interval=(0.2, 1.0)) for w in (3.0, 1.0))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, without, atol=1e-3)
+    assert latency([str(guided.path), "--steps", "1", "--batch", "1", "--repeats", "1", "--no-onnx"]) == 0
+
+    renoised = train_tiny("renoised", objective={"kind": "consistency"}, train__steps=1).path
+    assert export([str(renoised), "--to", "pt2", "--out", str(tmp_path / "one.pt2")]) == 0
+    assert graphs[-1].sampler == "renoise"
+    error = refused(renoised, "--to", "pt2", "--steps", "2", "--out", tmp_path / "x.pt2")
+    assert "adds new noise after each step" in str(error)
+
+
 @needs_onnx
 def test_an_onnx_file_and_the_page_of_it(tmp_path, capsys):
     out = tmp_path / "digits.onnx"
@@ -64,7 +89,7 @@ def test_an_onnx_file_and_the_page_of_it(tmp_path, capsys):
         torch.testing.assert_close(found, model.sample(n, seed=7), atol=1e-5, rtol=0)
     assert str(ROOT).encode() not in out.read_bytes()  # no traces of where it was made
 
-    known = check.expected(model, 1, model.codec.decoder())
+    known = check.expected(model, 1, None, model.codec.decoder())
     text = page.page(model, 1, out.read_bytes(), known, ("1.0", {"ort.wasm.bundle.min.mjs": b"library"}))
     assert base64.b64encode(out.read_bytes()).decode() in text and base64.b64encode(b"library").decode() in text
     assert "@@" not in text and "1.30.0" not in text.partition("cdn.jsdelivr.net")[0]
@@ -77,15 +102,15 @@ def test_lower_precision_is_that_of_the_blocks(run):
         torch.manual_seed(0)
         for parameter in model.network.parameters():  # after four steps of training u is nearly zero
             parameter += 0.1 * torch.randn_like(parameter)
-    known = check.expected(model, 2, None)
+    known = check.expected(model, 2, None, None)
     lower_precision(model.network, DTYPES["bf16"], model.config.z_shape)
     kinds = {name: p.dtype for name, p in model.network.named_parameters()}
     assert torch.bfloat16 in kinds.values()
     assert all(kinds[name] == torch.float32 for name in (next(iter(kinds)), *list(kinds)[-1:]))
-    found = check.difference(Generator(model.network, 2), known, "bf16", "it")
+    found = check.difference(Generator(Velocity(model.network), 2, "flow_map"), known, "bf16", "it")
     assert 0 < found < 0.1
     with pytest.raises(NumericsError, match="more than the 1e-04 that fp32 may"):
-        check.difference(Generator(model.network, 2), known, "fp32", "it")
+        check.difference(Generator(Velocity(model.network), 2, "flow_map"), known, "fp32", "it")
 
 
 def test_what_is_refused(trained, tmp_path, monkeypatch):

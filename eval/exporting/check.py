@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from eval.exporting.files import Program
+from eval.exporting.graph import Velocity
 from meanflow.errors import NumericsError
+from meanflow.guidance import GuidanceInput
 from meanflow.precision import exact_float32
 from meanflow.sampling import sample
 from meanflow.training.model import Model, noise
@@ -30,12 +32,13 @@ def inputs_of(model: Model, n: int, seed: int = 0) -> dict[str, Tensor]:
     return inputs if labels is None else inputs | {"class_labels": labels.to(model.device)}
 
 
-def expected(model: Model, steps: int, decoder: torch.nn.Module | None) -> Expected:
+def expected(model: Model, steps: int, guidance: GuidanceInput | None, decoder: torch.nn.Module | None) -> Expected:
     inputs = inputs_of(model, SAMPLES)
     cond = {name: x for name, x in inputs.items() if name != "noise"}
     z = inputs["noise"].contiguous(memory_format=torch.channels_last)
     with exact_float32(), torch.no_grad():
-        z = sample(model.network, z, steps, **cond)
+        u = Velocity(model.network, guidance)
+        z = sample(u, z, steps, sampler=model.config.objective.sampler, **cond)
         return Expected(inputs, z if decoder is None else decoder(z))
 
 

@@ -6,36 +6,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meanflow.guidance import GuidanceInput
 from meanflow.sampling import sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Generator(nn.Module):
-    """All `steps` evaluations of u in one graph, and the decoder of latents behind them, if given."""
-
-    def __init__(self, network: nn.Module, steps: int, decoder: nn.Module | None = None):
-        super().__init__()
-        self.network, self.steps, self.decoder = network, steps, decoder
-
-    def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """noise (B, *z_shape), class_labels (B,) int64 if the network knows classes → (B, C, H, W), float32."""
-        cond = {} if class_labels is None else {"class_labels": class_labels}
-        z = sample(self.network, noise, self.steps, **cond)
-        return z if self.decoder is None else self.decoder(z)
-
-
 class Velocity(nn.Module):
-    """u(z, r, t) alone, for samplers of your own."""
+    """u(z, r, t) alone, for samplers of your own; where guidance is an input of the network, with this one."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, guidance: GuidanceInput | None = None):
         super().__init__()
-        self.network = network
+        self.network, self.guidance = network, guidance
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """z (B, *z_shape), r and t (B,), class_labels (B,) int64 → (B, *z_shape)."""
         cond = {} if class_labels is None else {"class_labels": class_labels}
+        if self.guidance is not None:
+            cond |= self.guidance.inputs(z.shape[0], z.device)
         return self.network(z, r, t, **cond)
+
+
+class Generator(nn.Module):
+    """All `steps` evaluations of u in one graph, and the decoder of latents behind them, if given."""
+
+    def __init__(self, u: Velocity, steps: int, sampler: str, decoder: nn.Module | None = None):
+        super().__init__()
+        self.u, self.steps, self.sampler, self.decoder = u, steps, sampler, decoder
+
+    def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """noise (B, *z_shape), class_labels (B,) int64 if the network knows classes → (B, C, H, W), float32."""
+        cond = {} if class_labels is None else {"class_labels": class_labels}
+        z = sample(self.u, noise, self.steps, sampler=self.sampler, **cond)
+        return z if self.decoder is None else self.decoder(z)
 
 
 def lower_precision(network: nn.Module, dtype: torch.dtype, z_shape: tuple[int, ...]) -> None:

@@ -13,7 +13,6 @@ from eval.benchmark.clock import Spread, seconds_of, take_turns
 from eval.exporting.check import inputs_of
 from eval.exporting.files import open_program, write
 from eval.exporting.graph import Velocity
-from meanflow.data.codec import Codec
 from meanflow.logs import log
 from meanflow.sampling import sample
 from meanflow.training.model import Model
@@ -53,7 +52,7 @@ def measure(model: Model, plan: Plan) -> list[Latency]:
     keys = [(mode, steps, batch) for mode in plan.modes for batch in plan.batches for steps in plan.steps]
     with tempfile.TemporaryDirectory() as folder:
         for mode in plan.modes:
-            draw, one = _sampler(_network(model, mode, Path(folder)), model.codec), inputs_of(model, 1)
+            draw, one = _sampler(_network(model, mode, Path(folder)), model), inputs_of(model, 1)
             draw(1, **one)  # to warm up
             quick = min(seconds_of(lambda draw=draw, one=one: draw(1, **one), model.device) for _ in range(3))
             for batch in plan.batches:
@@ -66,31 +65,32 @@ def measure(model: Model, plan: Plan) -> list[Latency]:
     return [Latency(*key, Spread.of(seconds[key]) if key in seconds else None) for key in keys]
 
 
-def _sampler(network: Network, codec: Codec | None) -> Callable[..., Tensor]:
+def _sampler(u: Network, model: Model) -> Callable[..., Tensor]:
     """draw(steps, noise, class_labels): images, decoded where the network makes latents."""
 
     @torch.no_grad()
     def draw(steps: int, noise: Tensor, **cond: Tensor) -> Tensor:
         z = noise.contiguous(memory_format=torch.channels_last)
-        z = sample(network, z, steps, **cond)
-        return z if codec is None else codec.decode(z)
+        z = sample(u, z, steps, sampler=model.config.objective.sampler, **cond)
+        return z if model.codec is None else model.codec.decode(z)
 
     return draw
 
 
 def _network(model: Model, mode: str, folder: Path) -> Network:
+    u = Velocity(model.network, model.guided())
     if mode == EAGER:
-        return model.network
+        return u
     if mode == COMPILED:
-        return torch.compile(model.network)
-    return _onnx_network(model, folder)
+        return torch.compile(u)
+    return _onnx_network(u, model, folder)
 
 
-def _onnx_network(model: Model, folder: Path) -> Network:
+def _onnx_network(u: Velocity, model: Model, folder: Path) -> Network:
     """u by ONNX Runtime: `sample` calls it as it would the network."""
     inputs = inputs_of(model, 3)
     z = inputs.pop("noise")
     zero, one = torch.zeros(3, device=z.device), torch.ones(3, device=z.device)
-    write("onnx", Velocity(model.network), {"z": z, "r": zero, "t": one, **inputs}, "u", folder / "u.onnx")
+    write("onnx", u, {"z": z, "r": zero, "t": one, **inputs}, "u", folder / "u.onnx")
     program = open_program("onnx", folder / "u.onnx", model.device)
     return lambda z, r, t, **cond: program(z, r, t, *cond.values())
