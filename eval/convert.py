@@ -30,10 +30,11 @@ def to_ours(source: Path, target: Path) -> int:
     from meanflow.training.config import config_from_tree, config_to_yaml
     from meanflow.training.official import read_official
     from meanflow.training.run_folder import RunFolder
+    from meanflow.training.shared import is_shared
 
     checkpoint = read_official(source)
     if checkpoint is None:
-        if RunFolder(source).config_file.exists():
+        if RunFolder(source).config_file.exists() or is_shared(source):
             raise AssetError(f"{source} is a run of ours already")
         if source.is_dir():
             raise AssetError(f"{source}: is no folder of the official JAX release (it has no manifest.ocdbt)")

@@ -98,20 +98,10 @@ def test_commands_take_it_as_a_run(folder, trained_with_classes, tmp_path, capsy
     for what, out in ((trained_with_classes.path, "a.png"), (folder, "b.png")):
         assert sample_command.main([str(what), "--n", "4", "--out", str(tmp_path / out), "--device", "cpu"]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    arguments = [
-        str(folder),
-        "--extractor",
-        "pixels",
-        "--n",
-        "70",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "scores"),
-    ]
-    assert fid.main(arguments) == 0
+    how = ["--extractor", "pixels", "--n", "70", "--device", "cpu"]
+    assert fid.main([str(folder), *how, "--out", str(tmp_path / "scores")]) == 0
     assert "fd-pixels" in capsys.readouterr().out
-    with pytest.raises(AssetError, match="cannot be read as a checkpoint"):
+    with pytest.raises(AssetError, match="is a run of ours already"):
         convert([str(folder), str(tmp_path / "run")])
 
 

@@ -17,10 +17,10 @@ from meanflow.logs import log
 from meanflow.objectives import Loss, Objective
 from meanflow.objectives.base import by_rows
 from meanflow.training.batches import BatchStream
-from meanflow.training.config import RunConfig, load_config
+from meanflow.training.config import WEIGHTS, RunConfig, load_config
 from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.metrics import MetricsLog, StepSums
-from meanflow.training.model import WEIGHTS, Model, generate, to_uint8
+from meanflow.training.model import Model, generate, to_uint8
 from meanflow.training.processes import DistributedContext
 from meanflow.training.state import TrainState, count_parameters
 
