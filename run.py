@@ -64,7 +64,7 @@ def commands() -> dict[str, str]:
     found = {}
     for path in sorted((HERE / "eval").glob("[a-z]*.py")):
         first = path.read_text(encoding="utf-8").partition("\n")[0].strip('"')
-        found[path.stem] = first.partition(": ")[2] or first
+        found[path.stem] = (first.partition(": ")[2] or first).rstrip(".")
     return found
 
 
@@ -109,10 +109,10 @@ def listing() -> str:
         lines.append(title)
         for path in sorted(folder.glob("*.yaml")):
             start = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("description:")]
-            lines.append(f"  {path.stem:<18} {start[0].partition(':')[2].strip().strip(chr(34)) if start else ''}")
+            lines.append(f"  {path.stem:<21} {start[0].partition(':')[2].strip().strip(chr(34)) if start else ''}")
         if folder == TABLES:
-            lines.append(f"  {'tables':<18} all of the paper's, one after the other")
-    lines += ["commands, each with --help", *(f"  {name:<18} {what}" for name, what in commands().items())]
+            lines.append(f"  {'tables':<21} all of the paper's, one after the other")
+    lines += ["commands, each with --help", *(f"  {name:<21} {what}" for name, what in commands().items())]
     return "\n".join(lines)
 
 

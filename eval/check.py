@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     named = RECIPES / f"{args.recipe}.yaml"
     file = named if named.exists() else Path(args.recipe)
     if not file.is_file():
-        raise UserError(f"{args.recipe}: no such recipe, and no such file")
+        raise UserError(f"there is no recipe or recipe file '{args.recipe}' (bash run.sh lists them)")
     out = args.out or Path("runs/check") / f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     check_out(out, args.overwrite)
 

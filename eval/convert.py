@@ -1,4 +1,4 @@
-"""`bash run.sh convert CHECKPOINT RUN`: an official checkpoint (a file, or JAX's folder) as a run folder of ours.
+"""`bash run.sh convert CHECKPOINT RUN`: an official checkpoint as a run of ours (--to official: the reverse, of iMF).
 
 The folder then serves sample, fid and the rest; the optimiser's state is not taken over. The other way,
 `bash run.sh convert RUN --to official FILE` writes an iMF run's averaged weights as the official release has them.

@@ -2,7 +2,7 @@
 
 bash run.sh export runs/demo --to onnx --steps 1 --out demo.onnx    for ONNX Runtime: noise (and class) → images
 bash run.sh export runs/demo --to pt2 --steps 2 --out demo.pt2      for torch.export.load
-bash run.sh export runs/demo --to aoti --out demo.pt2               compiled by AOTInductor for this machine
+bash run.sh export runs/demo --to aoti --out demo.aoti.pt2          compiled by AOTInductor for this machine
 bash run.sh export runs/demo --to html --out demo.html              a page that samples in a browser, no server needed
 """
 

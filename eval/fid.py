@@ -85,7 +85,7 @@ def _score_parser() -> Parser:
     guided = "guidance scales ω, comma-separated, where they are an input of the network (the recipe's sample.guidance)"
     how.add_argument("--guidance", type=scales, help=guided)
     within = "t in which it holds, such as 0.4,0.65; again for several (the recipe's sample.interval)"
-    how.add_argument("--interval", type=interval, action="append", metavar="A,B", help=within)
+    how.add_argument("--interval", type=interval, action="append", metavar="T_MIN,T_MAX", help=within)
     how.add_argument("--ema", help='an EMA by its decay, "all", or "weights" (the recipe\'s ema.eval)')
     how.add_argument("--seed", type=int, default=0, help="sample k is a function of (seed, k) (0)")
     how.add_argument("--labels", default="random", help="random, balanced, or one class (random)")

@@ -15,7 +15,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help_ = f"scales ω, two or more, comma-separated (the recipe's eval.guidance, else {shown})"
     parser.add_argument("--guidance", type=scales, help=help_)
     parser.add_argument(
-        "--interval", type=interval, metavar="A,B", help="t in which it holds (the recipe's sample.interval)"
+        "--interval", type=interval, metavar="T_MIN,T_MAX", help="t in which it holds (the recipe's sample.interval)"
     )
     parser.add_argument("--n", type=count, help="samples of each scale (the recipe's eval.samples)")
     parser.add_argument("--steps", type=count, default=1, help="network evaluations a sample, NFE (1)")

@@ -41,7 +41,7 @@ def test_the_command_ends_with_settings_and_a_file(setting, short, tmp_path, cap
     best = tree["numbers"]["steps"][-1]
     assert best["images_per_s"] == max(step["images_per_s"] for step in tree["numbers"]["steps"])
     assert "exists; --overwrite" in refused(AssetError, check.main, setting.recipe, "--out", out)
-    assert "no such recipe" in refused(UserError, check.main, "tinny")
+    assert "there is no recipe or recipe file 'tinny'" in refused(UserError, check.main, "tinny")
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_goes_on(setting, short, tmp_path, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from meanflow.dual import value_of
 from meanflow.jvp import METHODS, take_jvp, value_and_jvp
 from meanflow.objectives.base import interpolate, squared_norm
 from meanflow.objectives.imeanflow import BOUNDARY, IMeanFlow
-from meanflow.objectives.meanflow import MeanFlow
+from meanflow.objectives.meanflow import MeanFlow, meanflow_loss
 
 UNGUIDED = IMeanFlow(omega_max=1.0, velocity=BOUNDARY)
 OBJECTIVES = {
@@ -262,8 +262,11 @@ def test_settings_out_of_range():
         ({"c": 0.0}, "c must be > 0"),
         ({"velocity": "head"}, "velocity must be v_head or boundary, got 'head'"),
         ({"omega_max": 0.5}, "omega_max must be ≥ 1, got 0.5"),
+        ({"omega_beta": -1.0}, r"omega_beta must be in \[0, 10\]"),
         ({"t_split": 1.5}, r"t_split must be in \[0, 1\]"),
         ({"label_drop": 1.0}, r"label_drop must be in \[0, 1\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             IMeanFlow(**settings)
+    with pytest.raises(ValueError, match="guidance as an input needs classes"):
+        meanflow_loss(lambda z, r, t, **cond: z, torch.ones(2, 2), IMeanFlow())

@@ -204,6 +204,8 @@ def test_the_schedule_of_alpha_is_a_snapped_sigmoid():
     objective = AlphaFlow(alpha_start=0.5, alpha_end=0.75)
     alphas = [objective.alpha(k / 1000) for k in range(1000)]
     assert alphas == sorted(alphas, reverse=True) and objective.alpha(0.625) == 0.5
+    at_once = replace(objective, alpha_end=objective.alpha_start + 1e-3)
+    assert (at_once.alpha(0.0), at_once.alpha(0.99)) == (1, 0)
     assert alphas[0] == 1 and alphas[-1] == 0
     between = [alpha for alpha in alphas if alpha not in (0, 1)]
     assert 0.005 <= min(between) < 0.006 and 0.994 < max(between) <= 0.995

@@ -125,6 +125,7 @@ def test_a_step_does_not_wait_for_the_device_and_logs_what_is_on_it(kind):
     logged = [value[0] if isinstance(value, tuple) else value for value in out.logged.values()]
     assert {value.device for value in (out.per_sample, *logged)} == {META}
     assert not any(value.requires_grad for value in logged)
+    assert {value[1].device.type for value in out.logged.values() if isinstance(value, tuple)} <= {"cpu"}  # masks
 
 
 class Small(nn.Module):

@@ -22,7 +22,7 @@ from meanflow import load
 from meanflow.errors import AssetError, UserError, run_main
 from meanflow.training import shared
 from meanflow.training.config import InitConfig
-from meanflow.training.state import fresh_state, initialise
+from meanflow.training.state import fresh_state, initialise, refuse_missing_source
 
 pytest.importorskip("safetensors", reason="weights are shared as safetensors: pip install -e .[hub]")
 CPU = torch.device("cpu")
@@ -106,6 +106,9 @@ def test_commands_take_it_as_a_run(folder, trained_with_classes, tmp_path, capsy
 
 
 def test_a_run_may_start_from_it(folder, tmp_path):
+    refuse_missing_source(InitConfig("someone/digits"))  # the hub is asked later
+    with pytest.raises(AssetError, match="no such file or folder"):
+        refuse_missing_source(InitConfig(str(tmp_path / "missing")))
     config = tiny_config(model__channels=3, model__classes=2)
     state = fresh_state(config, CPU)
     taken = initialise(state, InitConfig(from_=str(folder)))

@@ -47,7 +47,7 @@ def add_guidance(parser) -> None:
     help_ = "guidance scale ω, where it is an input of the network (the recipe's sample.guidance)"
     parser.add_argument("--guidance", type=scale, help=help_)
     parser.add_argument(
-        "--interval", type=interval, metavar="A,B", help="t in which it holds (the recipe's sample.interval)"
+        "--interval", type=interval, metavar="T_MIN,T_MAX", help="t in which it holds (the recipe's sample.interval)"
     )
 
 

@@ -60,7 +60,7 @@ class AlphaFlow(Objective):
     def alpha(self, progress: float) -> float:
         """α after this fraction of training."""
         middle, length = (self.alpha_start + self.alpha_end) / 2, self.alpha_end - self.alpha_start
-        alpha = 1 / (1 + math.exp(STEEPNESS * (progress - middle) / length))
+        alpha = (1 - math.tanh(STEEPNESS * (progress - middle) / length / 2)) / 2  # 1 − sigmoid, without overflow
         return 0.0 if alpha < SNAP else 1.0 if alpha > 1 - SNAP else alpha
 
     def sample_times(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,8 @@ class Objective(ABC):
 
         inputs: keywords besides the labels that it is conditioned on; heads: its outputs; classes: 0 for none.
         """
-        return None
+        if "v" in heads:
+            raise ValueError(f"objective.kind={self.kind} trains no v-head: set model.v_head=false")
 
     def sample_cond(self, r: Tensor, t: Tensor, classes: int, generator: Generator | None) -> dict[str, Tensor]:
         """What else is random about n samples: keywords for `loss`, each (n, …) on the CPU, for these times (n,)."""

@@ -26,7 +26,9 @@ from meanflow.objectives.base import (
     Objective,
     adaptive_weight,
     by_rows,
+    check_weight,
     interpolate,
+    on_rows,
     per_row,
     squared_norm,
     without_gradient,
@@ -92,12 +94,7 @@ class IMeanFlow(Objective):
             if missing := [name for name in (*INPUTS, "unconditional", "null_labels") if name not in cond]:
                 raise ValueError(f"needs {', '.join(missing)}: pass what sample_cond draws, or set omega_max=1")
             return self._guided(frozen, z, v, t, head, **cond)
-        rows = (r != t).nonzero()[:, 0].to(z.device, non_blocking=True)  # v̂ of the others is not needed
-        if len(rows) == 0:
-            return v, v, cond
-        t = t.to(z, non_blocking=True)[rows]
-        chosen = {key: y[rows] if isinstance(y, Tensor) else y for key, y in cond.items()}
-        return v.index_copy(0, rows, frozen(z[rows], t, t, **head, **chosen).to(v.dtype)), v, cond
+        return on_rows(frozen, r != t, z, t, t, **head, **cond).to(v.dtype), v, cond  # no derivative where r = t
 
     @staticmethod
     def _guided(
@@ -200,6 +197,8 @@ class IMeanFlow(Objective):
         return (1.0, self.omega_max) if self.omega_max > 1 else None
 
     def check_network(self, inputs: tuple[str, ...], heads: tuple[str, ...], classes: int) -> None:
+        if self.velocity == BOUNDARY and "v" in heads:
+            raise ValueError(f"objective.velocity={BOUNDARY} trains no v-head: set model.v_head=false")
         if self.velocity == V_HEAD and "v" not in heads:
             raise ValueError(f"objective.velocity={V_HEAD} needs a network with a v-head: set it to {BOUNDARY}")
         if self.omega_max > 1 and not set(INPUTS) <= set(inputs):
@@ -214,10 +213,9 @@ class IMeanFlow(Objective):
             )
 
     def __post_init__(self):
-        if self.p < 0:
-            raise ValueError(f"p must be ≥ 0, got {self.p}")
-        if self.c <= 0:
-            raise ValueError(f"c must be > 0, got {self.c}")
+        check_weight(self.p, self.c)
+        if not 0 <= self.omega_beta <= 10:
+            raise ValueError(f"omega_beta must be in [0, 10], got {self.omega_beta}")
         if self.velocity not in (V_HEAD, BOUNDARY):
             raise ValueError(f"velocity must be {V_HEAD} or {BOUNDARY}, got {self.velocity!r}")
         if self.omega_max < 1:

@@ -119,15 +119,19 @@ def meanflow_loss(
     *,
     generator: Generator | None = None,
     method: str = "dual",
+    classes: int = 0,
     **cond: Tensor | None,
 ) -> Tensor:
     """The mean loss of a batch, a scalar: Algorithm 1 with times and noise drawn here.
 
     u(z, r, t, **cond) → (B, …) with z (B, …), r and t (B,); x (B, …): data, about [−1, 1]. generator: of the times and
-    noise, on the CPU. method: "dual" or "func", see `meanflow.jvp`; cond: labels and the like, (B, …).
-    Raises NoTangentRule where "dual" does not know an operation of the network.
+    noise, on the CPU. method: "dual" or "func", see `meanflow.jvp`; classes: their number, also the label of no class,
+    where guidance is an input; cond: labels and the like, (B, …). Raises NoTangentRule where "dual" does not know an
+    operation of the network, ValueError for guidance as an input without classes.
     """
+    if objective.omega_range is not None and not classes:
+        raise ValueError("guidance as an input needs classes: pass their number, or set omega_max=1")
     r, t = objective.sample_times(len(x), generator)
-    drawn = {name: y.to(x.device) for name, y in objective.sample_cond(r, t, 0, generator).items()}
+    drawn = {name: y.to(x.device) for name, y in objective.sample_cond(r, t, classes, generator).items()}
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     return objective.loss(u, x, eps, r, t, jvp=take_jvp(method), **drawn, **cond).mean

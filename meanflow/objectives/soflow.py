@@ -5,8 +5,8 @@ of one trajectory have one solution, so with l between r and t and z_l = z_t + (
 
     δ = (f(z_t, r, t) − sg f(z_l, r, l)) / (t − l),   w = 1 / (mean δ² + c)^p,   loss = −mean(F · sg(w δ)),
 
-which has the gradient of the weighted square and no division in its graph. Both passes have the same dropout mask. l
-comes closer to t with the training step k:
+which has the gradient of the weighted square up to the factor 2/ρ_k, and no division in its graph. Both passes have the
+same dropout mask. l comes closer to t with the training step k:
 
     l = min(t + (r − t) ρ_k, t − 1e-4),   ρ_k = ρ_0 (ρ_1/ρ_0)^(k/K).
 

@@ -56,14 +56,14 @@ class SplitMeanFlow(Objective):
     ) -> Loss:
         z = interpolate(x, eps, t)  # (1 − t) x + t ε
         v = eps - x if v is None else v
-        r, t, rows = r.to(z, non_blocking=True), t.to(z, non_blocking=True), r != t
-        split = split.to(z, non_blocking=True)  # λ, (B,)
-        s = torch.lerp(t, r, split)
-        second = on_rows(u, rows, z, s, t, **cond)  # u(z_t, s, t), (B, …)
-        first = on_rows(u, rows, z - per_row(t - s, x) * second, r, s, **cond)  # u(z_s, r, s)
+        rows, split = r != t, split.to(z, non_blocking=True)  # λ, (B,)
+        start, end = r.to(z, non_blocking=True), t.to(z, non_blocking=True)
+        s = torch.lerp(end, start, split)
+        second = on_rows(u, rows, z, s, end, **cond)  # u(z_t, s, t), (B, …)
+        first = on_rows(u, rows, z - per_row(end - s, x) * second, start, s, **cond)  # u(z_s, r, s)
         share = per_row(split, x)
         target = torch.where(per_row(rows, x).bool(), (1 - share) * first + share * second, v)
-        error = squared_norm(u(z, r, t, **cond) - target)  # (B,)
+        error = squared_norm(u(z, start, end, **cond) - target)  # (B,)
         return Loss(adaptive_weight(error, self.p, self.c) * error, by_rows(error, r, t))
 
     @property

@@ -21,6 +21,7 @@ from meanflow.training.config import RunConfig
 from meanflow.training.processes import DistributedContext
 
 LABELS = ("class_labels", "augment_labels")  # keywords of the network
+AT_THE_END = 1 - 1e-6  # of training
 Take = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # rows of the global batch → x (b, C, H, W), labels
 
 
@@ -185,7 +186,8 @@ class LatentFeed:
 
 
 def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBatch:
-    """A micro-batch of noise images in the recipe's shapes, with its times and label inputs."""
+    """A micro-batch of noise images in the recipe's shapes, with its times and label inputs, at the end of training,
+    where an objective with a schedule makes the passes that cost most."""
     random, shape = generator(config.seed, "probe"), (size, *config.z_shape)
     x, eps = (torch.randn(shape, generator=random).to(device) for _ in range(2))
     x, eps = (y.contiguous(memory_format=torch.channels_last) for y in (x, eps))
@@ -204,4 +206,4 @@ def random_batch(config: RunConfig, size: int, device: torch.device) -> MicroBat
         unconditional = drop_labels(r, t, config.guidance, random)
     drawn = config.objective.sample_cond(r, t, config.model.classes, random)
     cond |= {key: y.to(device) for key, y in drawn.items()}
-    return MicroBatch(x, eps, r, t, cond, unconditional, progress=0.0)
+    return MicroBatch(x, eps, r, t, cond, unconditional, AT_THE_END)

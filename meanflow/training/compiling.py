@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meanflow.logs import log
-from meanflow.training.batches import MicroBatch, random_batch
+from meanflow.training.batches import AT_THE_END, MicroBatch, random_batch
 from meanflow.training.config import AUTO, RunConfig
 from meanflow.training.costs import forward_multiply_adds, step_launches
 from meanflow.training.processes import DistributedContext
@@ -19,6 +19,7 @@ SHORTEST_RUN = 10_000  # steps: compiling takes minutes
 PASSES = 4  # of a step: forward, its derivative, backward, which takes two
 FLOPS_OF_A_LAUNCH = 1e9  # about what a data-centre GPU computes while the host starts one kernel, some 10 µs
 NOISE = 0.02
+CHECKED_AT = (0.0, 0.66, AT_THE_END)  # of training: an objective with a schedule makes other passes at each
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative, of losses and gradient; wrong ones are off by 1
 
 
@@ -64,7 +65,9 @@ def loss_of_run(
     try:
         compiled = make_loss(state.network, how, ctx.device, state.ema)
         with evaluating(state.network) if dropout else nullcontext(), perturbed(state.network):
-            error = largest_error(compiled, eager, state.network, random_batch(config, images, ctx.device))
+            batch = random_batch(config, images, ctx.device)
+            batches = [replace(batch, progress=progress) for progress in CHECKED_AT]
+            error = max(largest_error(compiled, eager, state.network, batch) for batch in batches)
         tolerance = TOLERANCES[config.train.precision]
         if not error <= tolerance:
             problem = f"the compiled step's numbers are off by {error:.1e}, more than {tolerance:.0e}"

@@ -78,7 +78,7 @@ class Model:
         if trained is None:
             if guidance is not None or interval is not None:
                 raise UserError(
-                    f"{self.path}: guidance is no input of this network: it cannot be chosen after training"
+                    f"{self.path}: guidance is no input of this network: it was fixed in training, or there is none"
                 )
             return None
         if guidance is not None and guidance > trained[1]:
@@ -103,7 +103,8 @@ class Model:
         if labels.shape != (n,) or labels.is_floating_point():
             raise UserError(f"classes must be one whole number or {n} of them")
         if n and not (int(labels.min()) >= 0 and int(labels.max()) < known):
-            raise UserError(f"{self.path}: classes must be in 0 … {known - 1}")
+            wrong = next(label for label in labels.tolist() if not 0 <= label < known)
+            raise UserError(f"{self.path}: classes must be in 0 … {known - 1}, not {wrong}")
         return labels.long()
 
 

@@ -237,5 +237,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()).partition(" For more information")[0]
-    return text.partition(". ")[0][:160] or type(error).__name__
+    text = " ".join(str(error).split()).removeprefix("Got: ")
+    for end in (" For more information", " An error happened", ". "):
+        text = text.partition(end)[0]
+    return text[:160] or type(error).__name__

@@ -20,6 +20,7 @@ from meanflow.training.divergence import Guard
 from meanflow.training.official.dit import Teacher, read_teacher
 from meanflow.training.radam import RAdam
 from meanflow.training.run_folder import environment, find_checkpoint
+from meanflow.training.shared import is_hub_name
 from unet import UNet, UNetConfig
 
 NAMES_SHOWN = 4
@@ -319,5 +320,6 @@ def _initialise_from_teacher(state: TrainState, source: str, teacher: Teacher) -
 
 def refuse_missing_source(config: InitConfig) -> None:
     """Raises AssetError if init.from names nothing that is there: to be known before the data are prepared."""
-    if config.from_ is not None and not Path(config.from_).expanduser().exists():
+    path = None if config.from_ is None else Path(config.from_).expanduser()
+    if path is not None and not path.exists() and not is_hub_name(path):
         raise AssetError(f"init.from {config.from_}: no such file or folder; name yours with --set init.from=PATH")

@@ -6,6 +6,7 @@ samples.
 
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,20 +96,26 @@ class WeightsAndBiases:
         self.broken = False
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        if self.broken or step < self.run.step:  # a run that continues makes steps again that are there already
+        self._try(lambda: self._log(step, values))
+
+    def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        self._try(lambda: self._log(step, {name: self.images(picture) for name, picture in pictures.items()}))
+
+    def close(self) -> None:
+        self._try(self.run.finish)
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self.run.step:  # a run that continues makes steps again that are there already
+            self.run.log(values, step=step)
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        if self.broken:
             return
         try:
-            self.run.log(values, step=step)
+            work()
         except Exception as error:  # its process may be gone, in any of its ways
             self.broken = True
             log.warning(f"wandb has failed ({error}); training goes on without it, and metrics.jsonl has everything")
-
-    def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        self.log(step, {name: self.images(picture) for name, picture in pictures.items()})
-
-    def close(self) -> None:
-        if not self.broken:
-            self.run.finish()
 
 
 def _run_id(run: RunFolder, step: int) -> str:

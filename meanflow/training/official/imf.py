@@ -6,6 +6,7 @@ was trained is not in it: the settings are those of the recipe that has this net
 """
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,9 @@ def write_official(path: Path, model: Any, tensors: dict[str, Tensor], source: s
     """
     if not isinstance(model, IMFConfig):
         raise UserError(f"{source}: has model.kind={model.kind}, and official files are written of imf alone")
+    sizes = [load_config(RECIPES / f"{recipe}.yaml").model for recipe in SIZES]
+    if model not in [replace(size, v_head=model.v_head) for size in sizes]:
+        raise UserError(f"{source}: is none of the release's networks ({', '.join(SIZES)}): it has no official file")
     with torch.device("meta"):
         network = IMF(model)
     names = official_names(network)

@@ -63,7 +63,7 @@ def copies_of(arrays: Arrays) -> dict[str, Arrays]:
     """
     copies: dict[str, Arrays] = {}
     for keys, array in arrays.items():
-        keys = keys[1:] if keys[0] in ITEMS else keys
+        keys = keys[1:] if len(keys) > 1 and keys[0] in ITEMS else keys
         kind, rest = (WEIGHTS, keys) if keys[0] == ROOT else (keys[0], keys[1:])
         if kind in (WEIGHTS, AVERAGE):
             for prefix in (WEIGHTS, ROOT):
