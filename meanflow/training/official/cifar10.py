@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from meanflow.errors import AssetError, ConfigError
 from meanflow.files import sha256_file
-from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint, load_tensors
+from meanflow.training.checkpoint import Checkpoint, load_tensors
 from meanflow.training.config import RECIPES, RunConfig, load_config
-from meanflow.training.run_folder import environment
+from meanflow.training.official.meta import meta_of
 from unet import UNet
 from unet.layers import RESAMPLE_TAPS
 
@@ -64,8 +63,9 @@ def read_official(path: Path) -> Checkpoint | None:
     copies = {prefix: _copy_of(model, prefix, network, path) for prefix in (WEIGHTS, *EMAS)}
     _refuse([key for key in model if key.partition(".")[0] not in copies and key != COUNTER], "unknown", path)
     averages = {repr(decay): copies[prefix] for prefix, decay in EMAS.items()}
-    meta = _meta(content, config, path)
-    meta["origin"] |= origin
+    epoch, step = content.get("epoch"), int(model.get(COUNTER, 0))  # steps: the release counts its EMA updates
+    origin |= {"file": path.name, "sha256": sha256_file(path), "epoch": epoch if isinstance(epoch, int) else None}
+    meta = meta_of(config, "the official PyTorch release's CIFAR-10 checkpoint", step, 50_000, origin)
     return Checkpoint(copies[WEIGHTS], averages, {}, meta)
 
 
@@ -156,22 +156,3 @@ def _refuse(names: list[str], what: str, path: Path) -> None:
             f"{path}: is no official CIFAR-10 checkpoint of the 55.9 M U-net: {len(names)} tensor(s) {what}, "
             f"such as {names[0]}"
         )
-
-
-def _meta(content: dict[str, Any], config: RunConfig, path: Path) -> dict[str, Any]:
-    """The `meta` of our checkpoints. The number of steps is the release's number of EMA updates."""
-    step = int(content["model"].get(COUNTER, 0))
-    tree = settings.to_tree(config)
-    tree["description"] = "the official PyTorch release's CIFAR-10 checkpoint"
-    epoch = content.get("epoch")
-    origin = {"file": path.name, "sha256": sha256_file(path), "epoch": epoch if isinstance(epoch, int) else None}
-    return {
-        "format": FORMAT,
-        "step": step,
-        "images": step * config.train.batch,
-        "seconds": 0.0,
-        "config": tree,
-        "data": {"images": 50_000, "classes": [], "sha256": None},
-        "environment": environment(),
-        "origin": origin,
-    }

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from dit import IMF, IMFConfig
 from meanflow.errors import AssetError, UserError, write_errors_named
 from meanflow.files import replacing, sha256_file
-from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint, load_tensors
+from meanflow.training.checkpoint import Checkpoint, load_tensors
 from meanflow.training.config import RECIPES, RunConfig, load_config
+from meanflow.training.official.meta import IMAGENET, meta_of
 from meanflow.training.official.names import listed
-from meanflow.training.run_folder import environment
 
 SIZES = ("imf_b2", "imf_m2", "imf_l2", "imf_xl2")  # recipes, one of each network
 WRAPPERS = {nn.Linear: "_flax_linear", nn.Embedding: "_flax_embedding"}
@@ -61,7 +60,9 @@ def read_official(path: Path) -> Checkpoint | None:
         notes.append("it has no branch for v: objective.velocity is boundary, so that it can be trained on")
     origin = {"file": path.name, "sha256": sha256_file(path), "recipe": recipe, "notes": notes}
     averages = {repr(decay): tensors for decay in config.ema.decays}
-    return Checkpoint(tensors, averages, {}, _meta(config) | {"origin": origin})
+    what = f"the official PyTorch release's iMF checkpoint; {config.description}"
+    steps = config.train.steps  # a file does not say after how many: the recipe does
+    return Checkpoint(tensors, averages, {}, meta_of(config, what, steps, IMAGENET, origin))
 
 
 def _refuse_damaged(path: Path) -> None:
@@ -109,21 +110,6 @@ def _differences(content: dict[str, Any], shapes: dict[str, torch.Size]) -> tupl
 
 def _is_plain(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.strided and x.is_floating_point()
-
-
-def _meta(config: RunConfig) -> dict[str, Any]:
-    """The `meta` of our checkpoints. The release's files do not say after how many steps: the recipe does."""
-    tree = settings.to_tree(config)
-    tree["description"] = f"the official PyTorch release's iMF checkpoint; {config.description}"
-    return {
-        "format": FORMAT,
-        "step": config.train.steps,
-        "images": config.train.steps * config.train.batch,
-        "seconds": 0.0,
-        "config": tree,
-        "data": {"images": 1_281_167, "classes": [], "sha256": None},
-        "environment": environment(),
-    }
 
 
 def write_official(path: Path, model: Any, tensors: dict[str, Tensor], source: str) -> None:

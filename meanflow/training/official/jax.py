@@ -8,19 +8,17 @@ in it: the settings are those of the recipe that has this network.
 
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from dit import DiT
 from meanflow.errors import AssetError
 from meanflow.files import sha256_file, sha256_json
-from meanflow.training import settings
-from meanflow.training.checkpoint import FORMAT, Checkpoint
+from meanflow.training.checkpoint import Checkpoint
 from meanflow.training.config import RECIPES, RunConfig, load_config
 from meanflow.training.official.jax_arrays import FLOATS, Arrays, StoredArray, stored_arrays
+from meanflow.training.official.meta import IMAGENET, meta_of
 from meanflow.training.official.names import jax_name, listed, parameters_of
-from meanflow.training.run_folder import environment
 
 SIZES = ("imagenet_b4", "imagenet_b2", "imagenet_m2", "imagenet_l2", "imagenet_xl2")  # recipes, one of each network
 WEIGHTS, AVERAGE, ROOT = "params", "ema_params", "net"
@@ -51,7 +49,8 @@ def read_official(path: Path) -> Checkpoint | None:
         notes.append(f"it has no {WEIGHTS}: its {AVERAGE} are taken as the weights too")
         weights = average
     origin = {"file": path.name, "sha256": _hash(path), "recipe": recipe, "notes": notes}
-    meta = _meta(config, _step(arrays, path)) | {"origin": origin}
+    what = f"the official JAX release's checkpoint; {config.description}"
+    meta = meta_of(config, what, _step(arrays, path), IMAGENET, origin)
     return Checkpoint(weights, {} if average is None else {decay: average}, {}, meta)
 
 
@@ -129,18 +128,3 @@ def _hash(path: Path) -> str:
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return sha256_json({str(file.relative_to(path)): sha256_file(file) for file in files})
-
-
-def _meta(config: RunConfig, step: int) -> dict[str, Any]:
-    """The `meta` of our checkpoints."""
-    tree = settings.to_tree(config)
-    tree["description"] = f"the official JAX release's checkpoint; {config.description}"
-    return {
-        "format": FORMAT,
-        "step": step,
-        "images": step * config.train.batch,
-        "seconds": 0.0,
-        "config": tree,
-        "data": {"images": 1_281_167, "classes": [], "sha256": None},
-        "environment": environment(),
-    }
