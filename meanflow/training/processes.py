@@ -7,6 +7,7 @@ all-reduce of a bucket while the backward pass goes on.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ BUCKET_BYTES = 25 * 2**20
 # For how long processes wait for each other: everywhere but in steps one may be preparing data or scoring alone; in a
 # step they differ by what compiling takes.
 PATIENT_TIMEOUT, TIMEOUT = timedelta(hours=1), timedelta(minutes=10)
+AFTER_RANK0_S = 3.0  # an error of rank 0 ends the others so much later
 T = TypeVar("T")
 
 
@@ -162,6 +164,8 @@ def run_on_rank0(ctx: DistributedContext, work: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
         result, error = box
     if error is not None:
+        if not ctx.is_main:  # a launcher reports the process that ends first, and shows what rank 0 printed
+            time.sleep(AFTER_RANK0_S)
         raise error
     return result
 
