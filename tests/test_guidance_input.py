@@ -14,12 +14,14 @@ from eval import classifier, fid, sample, sweep
 from eval.reports.read import read_run
 from meanflow.errors import ConfigError, UserError, run_main
 from meanflow.guidance import GuidanceInput
+from meanflow.training import estimate
 from meanflow.training.batches import BatchStream, random_batch
+from meanflow.training.costs import forward_multiply_adds
 from meanflow.training.model import load, noise
 from meanflow.training.processes import DistributedContext
 from meanflow.training.run_folder import RunFolder
 from meanflow.training.setup import open_data
-from meanflow.training.state import build_network
+from meanflow.training.state import build_network, count_parameters
 from meanflow.training.step import make_loss
 
 CPU = torch.device("cpu")
@@ -33,6 +35,13 @@ def run(tmp_path_factory) -> RunFolder:
     sampled = {"sample__guidance": 3.0, "sample__interval": [0.25, 0.75]}
     train_run(tiny_config(**GUIDED, **sampled, train__steps=30, optim__lr=0.01), run, ALONE)
     return run
+
+
+def test_the_speed_of_a_large_network_is_measured_on_some_of_its_blocks(monkeypatch):
+    config = tiny_config(**GUIDED)
+    monkeypatch.setattr(estimate, "CPU_PARAMETERS", count_parameters(build_network(config, CPU)) // 2)
+    rate, how = estimate._rate(config, CPU, 2, forward_multiply_adds(config))
+    assert rate > 0 and "1 of 2 blocks" in how
 
 
 # --- training --------------------------------------------------------------------------------------------------------

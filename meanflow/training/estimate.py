@@ -26,7 +26,7 @@ from meanflow.training.step import accumulate, configure_numerics, make_loss, up
 
 PROBE_SAMPLES = {"cuda": 128, "cpu": 8}  # enough for a rate
 CPU_PROBE = 1e11  # multiplications and additions: as many samples of those as take a CPU a few seconds
-CPU_PARAMETERS = 100e6  # of a network that a CPU makes and trains in seconds
+CPU_PARAMETERS = 60e6  # of a network that a CPU makes and trains in seconds
 PASSES = 4  # of a step: forward, its derivative, backward, which takes two
 
 
@@ -90,7 +90,11 @@ def _rate(config: RunConfig, device: torch.device, micro: int, multiply_adds: in
             few = int(depth * CPU_PARAMETERS / parameters)
             if not few:
                 return None, f"not measured: {parameters / 1e6:.0f} M parameters would take this CPU minutes"
-            smaller = replace(config, model=replace(config.model, depth=few))
+            depths = {
+                name: getattr(config.model, name) for name in ("depth", "head_depth") if hasattr(config.model, name)
+            }
+            shallow = {name: max(1, round(value * few / depth)) for name, value in depths.items()}
+            smaller = replace(config, model=replace(config.model, **shallow))
             scale = forward_multiply_adds(smaller) / multiply_adds
             part = f" and {few} of {depth} blocks, scaled by their multiply-adds"
         samples = max(1, min(samples, int(CPU_PROBE / (PASSES * scale * multiply_adds))))
