@@ -74,7 +74,7 @@ case "${1:-}" in
     "$python" -m ruff check .
     exec "$python" -m ruff format --check . ;;
   check) needed+=("$root/requirements-dev.txt") ;;  # the tests that need a GPU
-  imagenet_* | imf_* | table[0-9]* | tables | figure4)  # these decode with a VAE; what else does says what to install
+  *imagenet_* | imf_* | alphaflow_xl2 | table[0-9]* | tables | figure4)  # these decode with a VAE; what else does says what to install
     if [[ " $* " != *" --scale"[\ =][cg]pu* ]]; then needed+=("$root/requirements-imagenet.txt"); fi ;;
 esac
 set_up "${needed[@]}"

@@ -53,11 +53,9 @@ class GuidanceConfig:
 
     def omega_at(self, t: Tensor) -> float | Tensor:
         """ω for t (B,): one number, or (B,) where it depends on t."""
-        return (
-            self.omega
-            if self.fade_from == 1
-            else (1 - self.kappa) * (1 + fade(t, self.fade_from) * (self.omega_prime - 1))
-        )
+        if self.fade_from == 1:
+            return self.omega
+        return (1 - self.kappa) * (1 + fade(t, self.fade_from) * (self.omega_prime - 1))
 
     @property
     def terms(self) -> tuple[str, ...]:
